@@ -1,0 +1,1 @@
+"""Where it runs and where it is kept: Ray, object storage, versions, leases. The only package that imports Ray."""

@@ -1,0 +1,121 @@
+"""Fragments at rest: Parquet with page checksums, one object per fragment, whose existence means that the work is done."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from penstock.cluster.storage import Store
+
+# Rows of a row group: about 6 MB of 384-dimensional float16 vectors, so that a shard's slice of a fragment reads little else.
+ROW_GROUP_ROWS = 8192
+RECEIPT_KEY = b"penstock.receipt"
+HASH_COLUMN = "row_hash"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a fragment's rows: rows_in = rows_out + the sum of dropped. A fact of the content, not of the run."""
+
+    fragment: str
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    passages: int = 0
+    tokens: int = 0
+    truncated_tokens: int = 0
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> "Receipt":
+        return Receipt(**json.loads(data))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run did for one fragment: the receipt, and what it cost this time."""
+
+    receipt: Receipt
+    encoded: int = 0
+    reused: int = 0
+    busy_s: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+def write_fragment(store: Store, path: str, table: pa.Table, receipt: Receipt | None = None) -> int:
+    """Write a table as one object, in one atomic step; returns its size in bytes. Equal tables give equal bytes."""
+    metadata = {RECEIPT_KEY: receipt.to_json()} if receipt else {}
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="zstd",
+        write_page_checksum=True,
+        store_schema=True,
+    )
+    data = sink.getvalue()
+    store.write(path, data)
+    return len(data)
+
+
+def open_fragment(store: Store, path: str) -> pq.ParquetFile:
+    """The Parquet file at `path`, verifying page checksums as it is read."""
+    return pq.ParquetFile(store.open(path), page_checksum_verification=True, pre_buffer=True)
+
+
+def read_fragment(store: Store, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    with open_fragment(store, path) as file:
+        return file.read(columns=list(columns) if columns is not None else None)
+
+
+def read_receipt(store: Store, path: str) -> Receipt:
+    """The receipt in a fragment's footer, read without its rows."""
+    with open_fragment(store, path) as file:
+        return Receipt.from_json(file.schema_arrow.metadata[RECEIPT_KEY])
+
+
+def read_hash_range(store: Store, path: str, first: int, last: int, columns: Sequence[str]) -> pa.Table:
+    """The rows with first <= row_hash <= last of a fragment sorted by row_hash, reading only the row groups that hold them."""
+    wanted = [HASH_COLUMN, *(name for name in columns if name != HASH_COLUMN)]
+    with open_fragment(store, path) as file:
+        position = file.schema_arrow.get_field_index(HASH_COLUMN)
+        groups = [
+            group
+            for group in range(file.metadata.num_row_groups)
+            if _overlaps(file.metadata.row_group(group).column(position).statistics, first, last)
+        ]
+        table = file.read_row_groups(groups, columns=wanted)
+    hashes = table.column(HASH_COLUMN).to_numpy()
+    start = int(np.searchsorted(hashes, np.uint64(first), side="left"))
+    stop = int(np.searchsorted(hashes, np.uint64(last), side="right"))
+    return table.slice(start, stop - start)
+
+
+def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A fixed_size_list<float16|float32>[d] column without nulls as an array (N, d) of the same format, without copying
+    when it is one chunk."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=column.type)
+    dimension = array.type.list_size
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
+
+
+def vector_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """An array (N, d) of float16 or float32 as a fixed_size_list column."""
+    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+
+
+def _overlaps(statistics: pq.Statistics | None, first: int, last: int) -> bool:
+    if statistics is None or not statistics.has_min_max:
+        return True
+    return bool(statistics.min <= last and statistics.max >= first)

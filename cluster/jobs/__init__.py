@@ -1,0 +1,1 @@
+"""What workers do: one file per stage, each a frozen task, a function on it, and what comes back."""

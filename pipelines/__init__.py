@@ -1,0 +1,6 @@
+"""What is to be done: the pipeline file, the plan, runs, the gate, the reader and the command line."""
+
+from penstock.pipelines.pipeline import Pipeline
+from penstock.pipelines.reader import Found, OpenIndex, open_index
+
+__all__ = ["Found", "OpenIndex", "Pipeline", "open_index"]

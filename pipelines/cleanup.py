@@ -1,0 +1,131 @@
+"""Clean-up: versions beyond those kept, stage outputs that no kept version needs, and old records."""
+
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, TRAINING
+from penstock.cluster.leases import acquire
+from penstock.cluster.storage import ObjectInfo, Store
+from penstock.pipelines.history import new_run_id, read_run, run_ids
+from penstock.pipelines.publishing import LINEAGE
+
+DEFAULT_GRACE_HOURS = 24.0
+KEPT_RUNS = 20
+
+
+class GraceTooShort(Exception):
+    """A grace period that could take files from under a reader or a run."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Objects to remove, or removed, and what they are."""
+
+    what: str
+    paths: tuple[str, ...]
+    size_bytes: int
+
+
+def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run: bool) -> list[Removal]:
+    """Remove what no kept version needs and is older than the grace period, by the store's clock.
+
+    Kept are, for each index, the versions that aliases point to, and the newest `keep` (None: what each index's last run asked for).
+    Holds the lease of every index meanwhile, so that no run is under way.
+
+    Raises:
+        GraceTooShort: a grace period of nothing: readers may still be opening what a moved alias left.
+        LeaseHeld: a run is under way.
+    """
+    if grace_hours <= 0:
+        raise GraceTooShort(
+            f"grace ({grace_hours} hours) must be above 0: readers may still open what an alias just left"
+        )
+    indexes = sorted(store.folders("indexes") | store.folders("leases"))
+    with ExitStack() as stack:
+        if not dry_run:
+            for index in indexes:
+                stack.enter_context(acquire(store, index, new_run_id(f"{index}-gc")))
+        limit = store.clock() - timedelta(hours=grace_hours)
+        removals = [removal for removal in _removals(store, indexes, keep, limit) if removal.paths]
+        if not dry_run:
+            for removal in removals:
+                # A manifest goes first: without it nothing is a version any more, whatever is left when this is cut short.
+                store.delete(sorted(removal.paths, key=lambda path: not path.endswith("manifest.json")))
+            store.remove_leftovers(grace_hours * 3600)
+    return removals
+
+
+def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetime) -> Iterator[Removal]:
+    needed: dict[tuple[str, str], set[str]] = {}
+    for index in indexes:
+        catalog = Catalog(store, index)
+        kept = _kept_versions(store, catalog, index, keep)
+        for version in kept:
+            _add_lineage(store, catalog, version, needed)
+        for version in sorted(store.folders(f"indexes/{index}/versions") - kept):
+            objects = list(store.list(catalog.version_folder(version)))
+            if objects and max(info.modified for info in objects) < limit:
+                yield _removal(f"version {index}/{version}", objects)
+    yield from _stage_removals(store, needed, limit)
+    yield from _run_removals(store, limit)
+
+
+def _kept_versions(store: Store, catalog: Catalog, index: str, keep: int | None) -> set[str]:
+    heads = {entry.version for alias in catalog.aliases() if (entry := catalog.alias(alias))}
+    newest = catalog.versions()[-(keep or _stated_keep(store, index)) :]
+    return heads | set(newest)
+
+
+def _stated_keep(store: Store, index: str) -> int:
+    """`publish.keep` of the newest recorded run of an index."""
+    for run_id in reversed(run_ids(store, index)):
+        record = read_run(store, run_id)
+        if record is not None:
+            return int(record["pipeline"]["publish"]["keep"])
+    return 3
+
+
+def _add_lineage(store: Store, catalog: Catalog, version: str, needed: dict[tuple[str, str], set[str]]) -> None:
+    lineage = catalog.manifest(version)["lineage"]
+    stages = lineage["stages"]
+    table = pq.read_table(io.BytesIO(store.read(f"{catalog.version_folder(version)}/{LINEAGE}")))
+    for stage in (PASSAGES, EMBEDDINGS):
+        fragments = table.filter(pc.equal(table.column("stage"), stage)).column("fragment").to_pylist()
+        needed.setdefault((stage, stages[stage]), set()).update(fragments)
+    for stage in (SELECTION, TRAINING, SHARDS, EVALUATION):
+        needed[(stage, stages[stage])] = {"*"}
+
+
+def _stage_removals(store: Store, needed: dict[tuple[str, str], set[str]], limit: datetime) -> Iterator[Removal]:
+    for stage in sorted(store.folders("stages")):
+        for fingerprint in sorted(store.folders(f"stages/{stage}")):
+            wanted = needed.get((stage, fingerprint), set())
+            if "*" in wanted:
+                continue
+            old = [
+                info
+                for info in store.list(f"stages/{stage}/{fingerprint}")
+                if info.modified < limit and info.path.rsplit("/", 1)[1].split(".", 1)[0] not in wanted
+            ]
+            yield _removal(f"{stage} {fingerprint[:12]}", old)
+
+
+def _run_removals(store: Store, limit: datetime) -> Iterator[Removal]:
+    """Runs beyond the newest of each pipeline."""
+    names = {run.rsplit("-", 2)[0] for run in store.folders("runs")}
+    for name in sorted(names):
+        for run_id in run_ids(store, name)[:-KEPT_RUNS]:
+            objects = list(store.list(f"runs/{run_id}"))
+            if objects and max(info.modified for info in objects) < limit:
+                yield _removal(f"run {run_id}", objects)
+
+
+def _removal(what: str, objects: list[ObjectInfo]) -> Removal:
+    return Removal(what, tuple(info.path for info in objects), sum(info.size_bytes for info in objects))

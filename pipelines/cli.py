@@ -1,0 +1,343 @@
+"""The command line."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
+from penstock.cluster.jobs.evaluation import QueriesInvalid
+from penstock.cluster.jobs.passages import SourceChanged
+from penstock.cluster.jobs.selection import DuplicateDocumentIds
+from penstock.cluster.leases import LeaseHeld, LeaseLost
+from penstock.cluster.published import DamagedFile
+from penstock.cluster.session import WorkFailed
+from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store, StoreUnsuitable, open_store
+from penstock.operators.encoding import ModelMismatch
+from penstock.operators.models import ModelUnavailable
+from penstock.pipelines.cleanup import DEFAULT_GRACE_HOURS, GraceTooShort, collect_garbage
+from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
+from penstock.pipelines.ledger import LedgerDisagrees
+from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.pipeline import Pipeline
+from penstock.pipelines.progress import choose_reporter
+from penstock.pipelines.reader import AliasUnknown, find_alias, open_index
+from penstock.pipelines.reporting import (
+    answer_rows,
+    answers_view,
+    plan_summary,
+    plan_table,
+    print_view,
+    records_table,
+    report_view,
+)
+
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+EXIT_GATE = 3
+EXIT_BUSY = 4
+EXIT_CONFLICT = 5
+EXIT_INTERRUPTED = 130
+SHOWN_RUNS = 10
+
+# Exceptions whose message is for people, and the exit code that goes with each.
+EXIT_CODES: dict[type[BaseException], int] = {
+    PipelineFileInvalid: EXIT_INVALID,
+    ModelUnavailable: EXIT_INVALID,
+    QueriesInvalid: EXIT_INVALID,
+    AliasUnknown: EXIT_INVALID,
+    GraceTooShort: EXIT_INVALID,
+    DuplicateDocumentIds: EXIT_INVALID,
+    StoreUnsuitable: EXIT_INVALID,
+    LeaseHeld: EXIT_BUSY,
+    LeaseLost: EXIT_CONFLICT,
+    PublishConflict: EXIT_CONFLICT,
+    AlreadyExists: EXIT_CONFLICT,
+    ModelMismatch: EXIT_FAILED,
+    DamagedFile: EXIT_FAILED,
+    SourceChanged: EXIT_FAILED,
+    StorageUnavailable: EXIT_FAILED,
+    LedgerDisagrees: EXIT_FAILED,
+    WorkFailed: EXIT_FAILED,
+    PermissionError: EXIT_FAILED,
+    FileNotFoundError: EXIT_FAILED,
+    ValueError: EXIT_INVALID,
+}
+
+File = Annotated[Path, typer.Argument(help="The pipeline file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a value: index.shards=4. May be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+Root = Annotated[str, typer.Option(help="Where the pipeline keeps everything.", show_default=False)]
+AliasName = Annotated[str, typer.Argument(help="An alias, or index/alias.", show_default=False)]
+
+app = typer.Typer(
+    name="penstock",
+    help="From a corpus in object storage to a published, searchable, sharded vector index.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point: runs a command and turns exceptions for people into messages and exit codes."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as leave:
+        code = leave.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("stopped; run the same command again to go on from here\n")
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        code = _explain(error)
+    sys.exit(code or 0)
+
+
+@app.command()
+def run(file: File, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Run a pipeline: do what is missing, measure, and publish through the gate."""
+    pipeline = Pipeline.load(file, set_ or ())
+    reporter = choose_reporter(json_)
+    plan = pipeline.plan()
+    for warning in plan.resolved.warnings:
+        reporter.warn(warning)
+    report = pipeline.run(reporter, plan)
+    if report is None:
+        _output(json_, {"event": "report", **plan.to_json()}, lambda: typer.echo(plan_summary(plan)))
+        return
+    _output(json_, {"event": "report", **report.to_json()}, lambda: print_view(report_view(report)))
+    if report.status is Status.GATE_FAILED:
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def plan(file: File, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Show what a run would do, and why, without starting anything."""
+    made = Pipeline.load(file, set_ or ()).plan()
+    for warning in made.resolved.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    _output(json_, made.to_json(), lambda: print_view(plan_table(made)))
+
+
+@app.command()
+def search(
+    alias: AliasName,
+    texts: Annotated[list[str], typer.Argument(help="What to look for; several texts are several queries.")],
+    root: Root,
+    k: Annotated[int, typer.Option(min=1, help="Answers for each query.")] = 5,
+    json_: AsJson = False,
+) -> None:
+    """Search the version that an alias points to."""
+    index = open_index(root, alias)
+    found = index.search(texts, k, rows=True)
+    tables = found.rows or []
+    if json_:
+        answers = [{"query": text, "answers": answer_rows(rows)} for text, rows in zip(texts, tables, strict=True)]
+        typer.echo(json.dumps({"version": index.version, "results": answers}, ensure_ascii=False, default=str))
+        return
+    for text, rows in zip(texts, tables, strict=True):
+        print_view(answers_view(text, rows))
+
+
+@app.command()
+def versions(
+    root: Root, index: Annotated[str | None, typer.Option(help="Only this index.")] = None, json_: AsJson = False
+) -> None:
+    """List the published versions and the aliases that point to them."""
+    store = open_store(root)
+    records = [
+        record for name in ([index] if index else sorted(store.folders("indexes"))) for record in _versions(store, name)
+    ]
+    columns = ["index", "version", "aliases", "rows", "recall", "bytes_per_vector", "gate", "run_id"]
+    _output(json_, records, lambda: print_view(records_table(records, columns)))
+
+
+@app.command()
+def promote(
+    alias: AliasName,
+    version: Annotated[str, typer.Argument(help="The version that the alias shall point to.", show_default=False)],
+    root: Root,
+    json_: AsJson = False,
+) -> None:
+    """Point an alias to a version that passed its gate."""
+    store = open_store(root)
+    catalog, name = _catalog_of_version(store, alias, version)
+    missed = [check for check in catalog.manifest(version)["gate"] if not check["passed"]]
+    if missed:
+        figures = "; ".join(f"{check['name']} {check['measured']:.4f} against {check['bound']:g}" for check in missed)
+        sys.stderr.write(
+            f"version {version} failed its gate ({figures}) and is never promoted; change the gate in the pipeline file, if that is "
+            "what is wrong, and run it again\n"
+        )
+        raise typer.Exit(EXIT_GATE)
+    present = catalog.alias(name)
+    number = present.number if present else 0
+    _show_move(catalog.move(name, version, expected=number, run_id=new_run_id("promote"), reason="promote"), json_)
+
+
+@app.command()
+def rollback(alias: AliasName, root: Root, json_: AsJson = False) -> None:
+    """Point an alias to the version before its present one."""
+    catalog, name = find_alias(open_store(root), alias)
+    _show_move(catalog.rollback(name, new_run_id("rollback")), json_)
+
+
+@app.command()
+def status(
+    root: Root,
+    name: Annotated[str | None, typer.Option(help="Only runs of this pipeline.")] = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many runs.")] = SHOWN_RUNS,
+    json_: AsJson = False,
+) -> None:
+    """Show the last runs and what they did."""
+    store = open_store(root)
+    records = [record for run_id in run_ids(store, name)[-count:] if (record := read_run(store, run_id)) is not None]
+    if json_:
+        typer.echo(json.dumps(records, ensure_ascii=False))
+        return
+    columns = ["run", "started", "status", "documents", "rows", "encoded", "reused", "seconds", "version", "error"]
+    print_view(records_table([_status_row(record) for record in records], columns))
+
+
+@app.command()
+def validate(file: File, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Check a pipeline file, and that its files, columns and model are there."""
+    pipeline = Pipeline.load(file, set_ or ())
+    made = pipeline.plan()
+    summary = f"{file} is valid: {len(made.resolved.files)} files in {len(made.resolved.fragments)} fragments"
+    record = {
+        "valid": True,
+        "warnings": list(made.resolved.warnings),
+        "pipeline": pipeline.config.model_dump(mode="json"),
+    }
+    for warning in made.resolved.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    _output(json_, record, lambda: typer.echo(summary))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the pipeline file, for editors to complete it."""
+    typer.echo(json.dumps(PipelineFile.model_json_schema(), indent=2))
+
+
+@app.command()
+def gc(
+    root: Root,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Versions to keep; without it, publish.keep of the last run.")
+    ] = None,
+    grace_hours: Annotated[
+        float, typer.Option(help="Leave what is younger, by the store's clock.")
+    ] = DEFAULT_GRACE_HOURS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Remove versions and stage outputs that no kept version needs."""
+    removals = collect_garbage(open_store(root), keep, grace_hours, dry_run)
+    records = [
+        {"what": removal.what, "objects": len(removal.paths), "bytes": removal.size_bytes} for removal in removals
+    ]
+    total = sum(removal.size_bytes for removal in removals)
+    verb = "would be removed" if dry_run else "removed"
+
+    def show() -> None:
+        if records:
+            print_view(records_table(records, ["what", "objects", "bytes"]))
+        typer.echo(f"{sum(record['objects'] for record in records):,} objects, {total:,} bytes {verb}")
+
+    _output(json_, {"dry_run": dry_run, "removed": records, "bytes": total}, show)
+
+
+def _explain(error: Exception) -> int:
+    """Print the message of an exception that has one for people; anything else is a defect and keeps its traceback."""
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            sys.stderr.write(f"{error}\n")
+            return code
+    if hasattr(error, "format_message"):  # usage errors of the command line itself
+        sys.stderr.write(f"{error.format_message()}\n")
+        return EXIT_INVALID
+    raise error
+
+
+def _output(json_: bool, record: Any, show: Callable[[], None]) -> None:  # noqa: ANN401
+    if json_:
+        typer.echo(json.dumps(record, ensure_ascii=False))
+    else:
+        show()
+
+
+def _versions(store: Store, index: str) -> list[dict[str, Any]]:
+    catalog = Catalog(store, index)
+    heads: dict[str, list[str]] = {}
+    for alias in catalog.aliases():
+        entry = catalog.alias(alias)
+        if entry is not None:
+            heads.setdefault(entry.version, []).append(alias)
+    return [
+        _version(index, version, catalog.manifest(version), heads.get(version, [])) for version in catalog.versions()
+    ]
+
+
+def _version(index: str, version: str, manifest: dict[str, Any], aliases: list[str]) -> dict[str, Any]:
+    missed = [check["name"] for check in manifest["gate"] if not check["passed"]]
+    return {
+        "index": index,
+        "version": version,
+        "aliases": ", ".join(aliases),
+        "rows": manifest["rows"],
+        "recall": manifest["evaluation"]["recall"],
+        "bytes_per_vector": manifest["bytes_per_vector"],
+        "gate": f"failed: {', '.join(missed)}" if missed else "passed" if manifest["gate"] else "none",
+        "run_id": manifest["run_id"],
+    }
+
+
+def _catalog_of_version(store: Store, alias: str, version: str) -> tuple[Catalog, str]:
+    """The catalog that holds the version; the alias may be a new one."""
+    index, _, name = alias.rpartition("/")
+    indexes = [index] if index else sorted(store.folders("indexes"))
+    holders = [one for one in indexes if Catalog(store, one).has_manifest(version)]
+    if len(holders) != 1:
+        problem = (
+            f"several indexes have it ({', '.join(holders)}); name index/alias"
+            if holders
+            else "no index has it; see `penstock versions`"
+        )
+        raise AliasUnknown(f"version ({version}) must be one published under {store.url}: {problem}")
+    return Catalog(store, holders[0]), name
+
+
+def _show_move(entry: AliasEntry, json_: bool) -> None:
+    record = {**vars(entry), "modified": entry.modified.isoformat()}
+    before = f" (before: {entry.previous})" if entry.previous else ""
+    _output(json_, record, lambda: typer.echo(f"alias {entry.alias} points to version {entry.version}{before}"))
+
+
+def _status_row(record: dict[str, Any]) -> dict[str, Any]:
+    report = record.get("report", {})
+    embeddings = next((stage for stage in report.get("stages", []) if stage["stage"] == "embeddings"), {})
+    return {
+        "run": record["run_id"],
+        "started": record["started"],
+        "status": record["status"],
+        "documents": report.get("documents"),
+        "rows": report.get("rows"),
+        "encoded": embeddings.get("encoded"),
+        "reused": embeddings.get("reused"),
+        "seconds": report.get("seconds"),
+        "version": record.get("version"),
+        "error": record.get("error"),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The pipeline file as one tree of frozen models: what the YAML file, `--set` and the recorded run all are."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from penstock.operators.deduplication import DuplicateIds
+from penstock.operators.encoding import DEFAULT_BATCH_TOKENS, Precision
+from penstock.operators.indexing import Codec, Family, Metric
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+ColumnType = Literal["string", "int64", "float64", "bool", "timestamp"]
+ENVIRONMENT_PATHS = (
+    ("root",),
+    ("documents", "path"),
+    ("embedding", "model"),
+    ("evaluate", "queries"),
+    ("evaluate", "relevance"),
+)
+
+
+class Section(BaseModel):
+    """A part of the pipeline file: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False, hide_input_in_errors=True)
+
+
+class DocumentsBase(Section):
+    """What all document sources share."""
+
+    duplicate_ids: DuplicateIds = Field(
+        DuplicateIds.ERROR, description="Documents with the same id: stop, or keep the first or last by path and row."
+    )
+    fragment_bytes: Count = Field(
+        33_554_432, ge=1024, description="Target size of a fragment: the unit of work, of retry and of durability."
+    )
+    max_file_bytes: Count = Field(
+        1_073_741_824, description="Decoded bytes of one file (of one fragment, where a file can be cut) at most."
+    )
+
+
+class TabularDocuments(DocumentsBase):
+    """Rows of Parquet, JSONL (plain, .gz, .zst) or CSV files."""
+
+    type: Literal["parquet", "jsonl", "csv"]
+    path: Text | tuple[Text, ...] = Field(description="File, folder or glob, local or s3://; or a list of them.")
+    text: Text | tuple[Text, ...] = Field("text", description="Text column, or several, joined by a line break.")
+    id: Text | None = Field(None, description="Id column; without it ids are derived from the content.")
+    keep: tuple[Text, ...] | dict[Text, ColumnType] = Field(
+        (), description="Metadata columns to keep; as a mapping, with their types."
+    )
+
+
+class TextDocuments(DocumentsBase):
+    """Text and Markdown files: a file is a document, its path below the pattern's folder is its id."""
+
+    type: Literal["text"]
+    path: Text | tuple[Text, ...] = Field(description="File, folder or glob, local or s3://; or a list of them.")
+    keep: tuple[Literal["path"], ...] = ()
+
+
+class DocstringDocuments(DocumentsBase):
+    """Docstrings of installed Python packages, read from their sources without importing them."""
+
+    type: Literal["docstrings"]
+    packages: tuple[Text, ...] = Field(min_length=1, description='Import names; ["*"] means every installed package.')
+    keep: tuple[Literal["module", "kind"], ...] = ("module", "kind")
+
+
+Documents = Annotated[TabularDocuments | TextDocuments | DocstringDocuments, Field(discriminator="type")]
+
+
+class Passages(Section):
+    """How documents are cut."""
+
+    type: Literal["tokens", "whole"] = "tokens"
+    tokens: Count | None = Field(
+        None, ge=8, description="Window in the model's tokens; without it, all that the model takes."
+    )
+    overlap: Whole | None = Field(
+        None, description="Tokens shared with the window before; without it, an eighth of the window."
+    )
+
+    @model_validator(mode="after")
+    def _overlap_below_half(self) -> Self:
+        if self.tokens and self.overlap and self.overlap * 2 >= self.tokens:
+            raise ValueError(f"overlap ({self.overlap}) must be below half of tokens ({self.tokens})")
+        if self.type == "whole" and (self.tokens or self.overlap):
+            raise ValueError("tokens and overlap have no meaning with type whole; leave them out")
+        return self
+
+
+class Prompts(Section):
+    """Put before each text; without this section, the model's own prompts are used."""
+
+    query: str = ""
+    document: str = ""
+
+
+class Workers(Section):
+    """The pool of encoder workers."""
+
+    count: Count | None = Field(None, description="Workers; without it, as many as the cluster's CPUs or GPUs allow.")
+    cpus: Count = Field(1, description="CPUs, and so threads, of a worker.")
+    gpus: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of a worker; may be a fraction.")
+
+
+class Embedding(Section):
+    """The model that turns passages into vectors."""
+
+    model: Text = Field(description="Hub id@revision, folder, s3:// folder, or package:<module>.")
+    dimension: Count | None = Field(None, description="Keep only the first components (Matryoshka models).")
+    precision: Precision = Precision.FLOAT32
+    prompts: Prompts | None = None
+    batch_tokens: Count = Field(DEFAULT_BATCH_TOKENS, description="Padded tokens of a batch.")
+    store: Literal["float16", "float32"] = Field("float16", description="Format of the stored vectors.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's folder brings along.")
+    workers: Workers = Workers()
+
+
+class Deduplicate(Section):
+    """Which passages stay out of the index because another says the same."""
+
+    type: Literal["exact", "none"] = "exact"
+
+
+class Index(Section):
+    """The approximate nearest neighbour index."""
+
+    family: Family = Family.HNSW
+    codec: Codec = Codec.NONE
+    metric: Metric = Metric.COSINE
+    shards: Count = 1
+    recall: Share = Field(0.95, description="Recall that the default operating point must reach.")
+    rerank: bool = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")
+    hnsw_m: Count | None = Field(None, description="Links per vertex (family hnsw); default 32.")
+    ef_construction: Count | None = Field(None, description="Candidates while building (family hnsw); default 100.")
+    nlist: Count | None = Field(
+        None, description="Cells (family ivf); default about 4 times the root of a shard's rows."
+    )
+    pq_bytes: Count | None = Field(None, description="Bytes per vector (codec pq); a divisor of the dimension.")
+    rabitq_bits: Annotated[int, Field(strict=True, ge=1, le=8)] | None = Field(
+        None, description="Bits per component (codec rabitq); default 4."
+    )
+    training_rows: Count = Field(262_144, description="Vectors in the training sample, at most.")
+    seed: Whole = 20_260_101
+
+    @model_validator(mode="after")
+    def _options_fit_family_and_codec(self) -> Self:
+        owners = {
+            "hnsw_m": "hnsw",
+            "ef_construction": "hnsw",
+            "nlist": "ivf",
+            "pq_bytes": "pq",
+            "rabitq_bits": "rabitq",
+        }
+        for option, owner in owners.items():
+            if getattr(self, option) is not None and owner not in (self.family.value, self.codec.value):
+                raise ValueError(
+                    f"{option} ({getattr(self, option)}) belongs to {owner}, but family is {self.family.value} and codec "
+                    f"is {self.codec.value}; leave it out"
+                )
+        if (
+            self.metric is Metric.INNER_PRODUCT
+            and self.family is Family.HNSW
+            and self.codec in (Codec.PQ, Codec.RABITQ)
+        ):
+            raise ValueError(
+                f"codec ({self.codec.value}) with family hnsw is only built for metric cosine; choose family ivf, codec sq8 or none"
+            )
+        return self
+
+
+class Evaluate(Section):
+    """How a version is measured before it may be published."""
+
+    k: Count = 10
+    queries: Count | Text = Field(
+        200, description="How many passages serve as held-out queries, or a JSONL file of queries (id, text)."
+    )
+    relevance: Text | None = Field(None, description="Judgements as a BEIR TSV: query-id, corpus-id, score.")
+    seed: Whole = 20_260_102
+
+    @model_validator(mode="after")
+    def _relevance_needs_queries(self) -> Self:
+        if self.relevance and not isinstance(self.queries, str):
+            raise ValueError("relevance needs a file of queries with ids: set evaluate.queries to its path")
+        return self
+
+
+class Gate(Section):
+    """What a version must reach before an alias may point to it."""
+
+    recall: Share | None = Field(None, description="Recall at evaluate.k; without it, index.recall.")
+    ndcg: Share | None = None
+    mrr: Share | None = None
+    coverage: Share = Field(1.0, description="Indexed passages as a share of those that should be.")
+    max_dropped_fraction: Share = Field(0.01, description="Dead letters as a share of documents, at most.")
+
+
+class Publish(Section):
+    """Where readers find the version."""
+
+    alias: Name | None = None
+    keep: Count = Field(3, description="Versions that clean-up leaves, besides those an alias points to.")
+
+
+class PipelineFile(Section):
+    """A whole pipeline file."""
+
+    name: Name = Field(description="Name of the index.")
+    root: Text = Field(description="Where everything is kept: a local folder or s3://bucket/prefix.")
+    documents: Documents
+    passages: Passages = Passages()
+    embedding: Embedding
+    deduplicate: Deduplicate = Deduplicate()
+    index: Index = Index()
+    evaluate: Evaluate = Evaluate()
+    gate: Gate | None = None
+    publish: Publish = Publish()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.publish.alias and self.gate is None:
+            raise ValueError("publish.alias needs a gate: add `gate: {recall: 0.95}`, or leave the alias out")
+        judged = self.gate is not None and (self.gate.ndcg is not None or self.gate.mrr is not None)
+        if judged and not self.evaluate.relevance:
+            raise ValueError("gate.ndcg and gate.mrr need judgements: set evaluate.queries and evaluate.relevance")
+        return self

@@ -1,0 +1,77 @@
+"""A pipeline as an object: what the command line calls."""
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from penstock.cluster.session import Session
+from penstock.cluster.storage import Store, open_store
+from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.loading import Origin, load_pipeline, parse_pipeline
+from penstock.pipelines.planning import Plan, make_plan, resolve
+from penstock.pipelines.progress import Reporter, SilentReporter
+from penstock.pipelines.running import Report, execute
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A validated pipeline file, and where it was written."""
+
+    config: PipelineFile
+    origin: Origin
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Pipeline":
+        """Read and validate a pipeline file; `overrides` are `key.key=value`.
+
+        Raises:
+            PipelineFileInvalid: with all problems at once.
+        """
+        return cls(*load_pipeline(path, overrides))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = ()) -> "Pipeline":
+        """As `load`, from the YAML text itself."""
+        return cls(*parse_pipeline(text, overrides=overrides))
+
+    @property
+    def store(self) -> Store:
+        return open_store(self.config.root)
+
+    def plan(self) -> Plan:
+        """What a run would do now; starts nothing."""
+        return make_plan(resolve(self.config, self.origin), self.store)
+
+    def run(self, reporter: Reporter | None = None, plan: Plan | None = None) -> Report | None:
+        """Do it; None when there is nothing to do.
+
+        Raises:
+            PipelineFileInvalid, LeaseHeld, PublishConflict and the other exceptions with a message for people.
+            KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; run again to go on.
+        """
+        plan = plan or self.plan()
+        if plan.up_to_date:
+            return None
+        with _stop_on_sigterm(), Session() as session:
+            return execute(plan, self.origin, self.store, session, reporter or SilentReporter())
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Treat SIGTERM (a scheduler's stop, a spot notice) as Ctrl-C while a run is under way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,577 @@
+"""What a run would do: each stage's identity, what of it is done, what is to do, and why. Reads names and records only."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.fragments import read_fragment
+from penstock.cluster.jobs.selection import OPERATOR_VERSION as SELECTION_VERSION
+from penstock.cluster.jobs.shards import ShardRecord, shard_record_path
+from penstock.cluster.jobs.training import trained_path
+from penstock.cluster.layout import (
+    EMBEDDINGS,
+    EVALUATION,
+    PASSAGES,
+    SELECTION,
+    SHARDS,
+    TRAINING,
+    fragment_path,
+    shard_file,
+    stage_folder,
+)
+from penstock.cluster.node import connect, model_folder
+from penstock.cluster.storage import Store
+from penstock.operators.chunking import Chunker, PassageType
+from penstock.operators.encoding import Encoder, encoder_for
+from penstock.operators.identity import fingerprint, fingerprint_set
+from penstock.operators.indexing import IndexSpec, Metric, factory_string, fewest_training_rows
+from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card
+from penstock.operators.reading import DocumentReader, SourceType
+from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.history import PastRun, last_run
+from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
+from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
+
+PASSAGES_VERSION = 1
+SHARDS_VERSION = 1
+VERSION_HEX_DIGITS = 16
+DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
+DEFAULT_RABITQ_BITS = 4
+STAGES = (PASSAGES, SELECTION, EMBEDDINGS, TRAINING, SHARDS, EVALUATION)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A pipeline file with everything looked up that its identities depend on: files, columns, model."""
+
+    pipeline: PipelineFile
+    files: tuple[SourceFile, ...]
+    reader: DocumentReader
+    card: ModelCard
+    chunker: Chunker
+    encoder: Encoder
+    query_encoder: Encoder
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """The parameters of each stage, by the names of the pipeline file: what its fingerprint is made of."""
+        pipeline = self.pipeline
+        index = pipeline.index.model_dump(
+            mode="json", exclude={"recall", "shards", "rerank", "metric"}, exclude_none=True
+        )
+        return {
+            PASSAGES: {
+                "documents.type": self.reader.type.value,
+                "documents.text": list(self.reader.text),
+                "documents.id": self.reader.id,
+                "documents.keep": [list(column) for column in self.reader.keep],
+                "documents.max_file_bytes": self.reader.max_bytes,
+                "passages.type": self.chunker.kind.value,
+                "passages.tokens": self.chunker.tokens,
+                "passages.overlap": self.chunker.overlap,
+                "embedding.model (tokenizer)": self.card.tokenizer_hash,
+                "version": PASSAGES_VERSION,
+            },
+            SELECTION: {
+                "documents.duplicate_ids": pipeline.documents.duplicate_ids.value,
+                "deduplicate.type": pipeline.deduplicate.type,
+                "version": SELECTION_VERSION,
+            },
+            EMBEDDINGS: self.encoder.parameters() | {"embedding.store": pipeline.embedding.store},
+            TRAINING: {f"index.{name}": value for name, value in index.items()}
+            | {"index.metric": pipeline.index.metric.value},
+            SHARDS: {
+                "index.shards": pipeline.index.shards,
+                "index.rerank": pipeline.index.rerank,
+                "version": SHARDS_VERSION,
+            },
+            EVALUATION: {f"evaluate.{name}": value for name, value in pipeline.evaluate.model_dump(mode="json").items()}
+            | {"index.recall": pipeline.index.recall},
+        }
+
+    def stage_fingerprint(self, stage: str) -> str:
+        """Fingerprint of a map stage: its parameters alone; its fragments add their inputs."""
+        return fingerprint(stage=stage, **self.parameters[stage])
+
+    @cached_property
+    def fragments(self) -> tuple[Fragment, ...]:
+        documents = self.pipeline.documents
+        return tuple(
+            cut_fragments(
+                list(self.files), SourceType(documents.type), documents.fragment_bytes, self.stage_fingerprint(PASSAGES)
+            )
+        )
+
+    @cached_property
+    def selection_fingerprint(self) -> str:
+        members = fingerprint_set([fragment.fingerprint for fragment in self.fragments])
+        return fingerprint(stage=SELECTION, passages=members, **self.parameters[SELECTION])
+
+
+@dataclass(frozen=True)
+class FragmentFacts:
+    """What selection knows of one passages fragment."""
+
+    passages: str
+    documents_in: int
+    documents_out: int
+    dropped: dict[str, int]
+    passages_in: int
+    tokens: int
+    duplicate_ids: int
+    duplicate_texts: int
+    digest: int
+
+    @property
+    def kept(self) -> int:
+        return self.passages_in - self.duplicate_ids - self.duplicate_texts
+
+    def embeddings_fragment(self, stage_fingerprint: str) -> str:
+        """The embeddings fragment made of this one: it changes with the passages and with the set of those left out."""
+        return fingerprint(
+            stage=stage_fingerprint, passages=self.passages, excluded=[self.digest, self.passages_in - self.kept]
+        )
+
+
+FACTS_SCHEMA = pa.schema(
+    [
+        ("passages", pa.string()),
+        ("documents_in", pa.int64()),
+        ("documents_out", pa.int64()),
+        ("dropped", pa.string()),
+        ("passages_in", pa.int64()),
+        ("tokens", pa.int64()),
+        ("duplicate_ids", pa.int64()),
+        ("duplicate_texts", pa.int64()),
+        ("digest", pa.uint64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The identities that follow from selection: embeddings fragments, the index and its version."""
+
+    facts: tuple[FragmentFacts, ...]
+    embeddings_fingerprint: str
+    embeddings: dict[str, str]
+    rows: int
+    spec: IndexSpec
+    training_fingerprint: str
+    shards_fingerprint: str
+    evaluation_fingerprint: str
+    version: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: what is done and what is to do, in fragments; rows and bytes to read; None where it is not known yet."""
+
+    name: str
+    fingerprint: str | None
+    done: int | None
+    todo: int | None
+    rows: int | None = None
+    bytes_to_read: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do. `version` is None until selection is done, since what stays decides it."""
+
+    resolved: Resolved
+    stages: tuple[StagePlan, ...]
+    version: str | None
+    published: bool
+    alias_moves: bool
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def up_to_date(self) -> bool:
+        return self.published and not self.alias_moves
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.resolved.pipeline.name,
+            "stages": [vars(stage) for stage in self.stages],
+            "version": self.version,
+            "published": self.published,
+            "alias_moves": self.alias_moves,
+            "up_to_date": self.up_to_date,
+            "warnings": list(self.resolved.warnings),
+            "notes": list(self.notes),
+        }
+
+
+def resolve(pipeline: PipelineFile, origin: Origin) -> Resolved:
+    """Look up files, columns and model.
+
+    Raises:
+        PipelineFileInvalid: something that the file names is not there, or does not fit the model.
+    """
+    card = _model_card(pipeline, origin)
+    warnings = _check_model(pipeline, card, origin)
+    files = find_files(pipeline.documents, origin)
+    reader = document_reader(pipeline.documents, files, origin)
+    dimension = pipeline.embedding.dimension or card.dimension
+    prompts = pipeline.embedding.prompts
+    shared: dict[str, Any] = {
+        "dimension": dimension,
+        "normalize": pipeline.index.metric is Metric.COSINE,
+        "precision": pipeline.embedding.precision,
+        "batch_tokens": pipeline.embedding.batch_tokens,
+        "trust_remote_code": pipeline.embedding.trust_remote_code,
+    }
+    encoder = encoder_for(card, prompt=prompts.document if prompts else card.document_prompt, **shared)
+    query_encoder = encoder_for(card, prompt=prompts.query if prompts else card.query_prompt, **shared)
+    chunker = _chunker(pipeline, card, encoder)
+    _check_index(pipeline, dimension, origin)
+    return Resolved(pipeline, tuple(files), reader, card, chunker, encoder, query_encoder, tuple(warnings))
+
+
+def make_plan(resolved: Resolved, store: Store) -> Plan:
+    """The plan against what is in the store; starts nothing, reads no rows of data."""
+    past = last_run(store, resolved.pipeline.name)
+    passages = plan_passages(resolved, store, past)
+    facts = read_facts(store, resolved.selection_fingerprint)
+    selection = _selection_plan(resolved, facts, past, passages)
+    chain = make_chain(resolved, facts) if facts is not None else None
+    if chain is None:
+        later = [StagePlan(name, None, None, None, why="follows from selection") for name in STAGES[2:]]
+        return Plan(resolved, (passages, selection, *later), None, False, True)
+    later = [
+        _embeddings_plan(resolved, chain, store, past),
+        _training_plan(resolved, chain, store, past),
+        _shards_plan(resolved, chain, store, past),
+        _evaluation_plan(resolved, chain, store, past),
+    ]
+    catalog = Catalog(store, resolved.pipeline.name)
+    published = catalog.has_manifest(chain.version)
+    moves, note = alias_moves(resolved.pipeline, catalog, chain.version)
+    return Plan(resolved, (passages, selection, *later), chain.version, published, moves, (note,) if note else ())
+
+
+def plan_passages(resolved: Resolved, store: Store, past: PastRun | None) -> StagePlan:
+    stage_fingerprint = resolved.stage_fingerprint(PASSAGES)
+    todo = pending_passages(resolved, store)
+    size_bytes = sum(fragment.size_bytes for fragment in todo)
+    why = _why_passages(resolved, past, len(todo))
+    done = len(resolved.fragments) - len(todo)
+    return StagePlan(PASSAGES, stage_fingerprint, done, len(todo), None, size_bytes, why)
+
+
+def pending_passages(resolved: Resolved, store: Store) -> list[Fragment]:
+    done = finished_fragments(store, PASSAGES, resolved.stage_fingerprint(PASSAGES))
+    return [fragment for fragment in resolved.fragments if fragment.fingerprint not in done]
+
+
+def finished_fragments(store: Store, stage: str, stage_fingerprint: str) -> set[str]:
+    """Fingerprints of the fragments of a stage that exist."""
+    names = store.names(stage_folder(stage, stage_fingerprint))
+    return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name.count(".") == 1}
+
+
+def facts_path(selection_fingerprint: str) -> str:
+    """The table of facts per fragment: written last, so that it says that selection is done."""
+    return f"{stage_folder(SELECTION, selection_fingerprint)}/fragments.parquet"
+
+
+def read_facts(store: Store, selection_fingerprint: str) -> list[FragmentFacts] | None:
+    """Facts per fragment of a finished selection, None when it is not finished."""
+    try:
+        table = read_fragment(store, facts_path(selection_fingerprint))
+    except FileNotFoundError:
+        return None
+    rows = table.select(FACTS_SCHEMA.names).to_pylist()
+    return [FragmentFacts(**{**row, "dropped": json.loads(row["dropped"])}) for row in rows]
+
+
+def facts_table(facts: Sequence[FragmentFacts]) -> pa.Table:
+    rows = [{**vars(fact), "dropped": json.dumps(fact.dropped, sort_keys=True)} for fact in facts]
+    return pa.Table.from_pylist(rows, schema=FACTS_SCHEMA)
+
+
+def make_chain(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Chain:
+    """All identities after selection.
+
+    Raises:
+        PipelineFileInvalid: an index that so few rows cannot train.
+    """
+    embeddings_fingerprint = resolved.stage_fingerprint(EMBEDDINGS)
+    kept = [fact for fact in facts if fact.kept]
+    embeddings = {fact.passages: fact.embeddings_fragment(embeddings_fingerprint) for fact in kept}
+    rows = sum(fact.kept for fact in kept)
+    spec = index_spec(resolved, rows)
+    members = fingerprint_set(list(embeddings.values()))
+    training = fingerprint(stage=TRAINING, embeddings=members, factory=spec.factory, **resolved.parameters[TRAINING])
+    shards = fingerprint(
+        stage=SHARDS, training=training, selection=resolved.selection_fingerprint, **resolved.parameters[SHARDS]
+    )
+    evaluation = fingerprint(
+        stage=EVALUATION, shards=shards, **resolved.parameters[EVALUATION], inputs=_evaluation_inputs(resolved)
+    )
+    return Chain(
+        tuple(facts),
+        embeddings_fingerprint,
+        embeddings,
+        rows,
+        spec,
+        training,
+        shards,
+        evaluation,
+        evaluation[:VERSION_HEX_DIGITS],
+    )
+
+
+def index_spec(resolved: Resolved, rows: int) -> IndexSpec:
+    index = resolved.pipeline.index
+    factory = factory_string(
+        index.family,
+        index.codec,
+        resolved.encoder.dimension,
+        hnsw_m=index.hnsw_m or 32,
+        nlist=index.nlist,
+        rows=max(1, rows // index.shards),
+        pq_bytes=index.pq_bytes,
+        rabitq_bits=index.rabitq_bits or DEFAULT_RABITQ_BITS,
+    )
+    return IndexSpec(
+        family=index.family,
+        codec=index.codec,
+        metric=index.metric,
+        dimension=resolved.encoder.dimension,
+        factory=factory,
+        training_rows=index.training_rows,
+        seed=index.seed,
+        ef_construction=index.ef_construction or 100,
+    )
+
+
+def finished_shards(store: Store, fingerprint_: str, shards: int) -> dict[int, ShardRecord]:
+    """Records of the shards that are built and whose files are where the record says."""
+    names = store.names(stage_folder(SHARDS, fingerprint_))
+    records = {}
+    for shard in range(shards):
+        if shard_file(shard, "json") not in names:
+            continue
+        record = ShardRecord.from_json(store.read(shard_record_path(fingerprint_, shard)))
+        present = store.names(record.folder)
+        if all(file.name in present for file in record.files):
+            records[shard] = record
+    return records
+
+
+def alias_moves(pipeline: PipelineFile, catalog: Catalog, version: str) -> tuple[bool, str]:
+    """Whether publishing the version would move the alias, and a note when it deliberately would not.
+
+    A version that people moved an alias away from, by rollback or promote, is not put back by a run that made nothing new.
+    """
+    name = pipeline.publish.alias
+    if name is None:
+        return False, ""
+    head = catalog.alias(name)
+    if head is not None and head.version == version:
+        return False, ""
+    if head is not None and head.reason in ("rollback", "promote") and catalog.has_manifest(version):
+        if any(entry.version == version for entry in catalog.history(name)):
+            return False, (
+                f"alias {name} was moved from version {version} to {head.version} by {head.reason}; "
+                f"`penstock promote` puts it back"
+            )
+    return True, ""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What changed between two sets of parameters, for people; empty when nothing did."""
+    changed = [name for name in new if old.get(name) != new[name]] + [name for name in old if name not in new]
+    return ", ".join(f"{name} {_short(old.get(name))} → {_short(new.get(name))}" for name in changed)
+
+
+def _model_card(pipeline: PipelineFile, origin: Origin) -> ModelCard:
+    reference = pipeline.embedding.model
+    try:
+        return read_model_card(reference, model_folder(reference))
+    except ModelUnavailable as error:
+        message = str(error).removeprefix("embedding.model ").strip()
+        raise PipelineFileInvalid([origin.problem("embedding.model", message)]) from error
+
+
+def _check_model(pipeline: PipelineFile, card: ModelCard, origin: Origin) -> list[str]:
+    """Warnings of a pipeline that asks for more than the model takes; problems when it cannot be done at all."""
+    problems: list[Problem] = []
+    dimension = pipeline.embedding.dimension
+    if dimension and dimension > card.dimension:
+        rule = f"({dimension}) must be at most the model's {card.dimension}; lower it or leave it out"
+        problems.append(origin.problem("embedding.dimension", rule))
+    room = _room(pipeline, card)
+    if room is not None and room < 8:
+        rule = f"the document prompt leaves {room} of the model's {card.max_tokens} tokens for text; shorten it"
+        problems.append(origin.problem("embedding.prompts", rule))
+    if problems:
+        raise PipelineFileInvalid(problems)
+    tokens = pipeline.passages.tokens
+    if room is not None and tokens and tokens > room:
+        return [
+            f"passages.tokens ({tokens}) exceeds the {room} tokens that {card.reference} takes beside its special tokens and "
+            f"prompt; longer passages will be truncated, and counted: set it to {room} or less"
+        ]
+    if room is not None and pipeline.passages.type == "whole":
+        return [
+            f"passages.type whole: documents beyond the {room} tokens that the model takes will be truncated, and counted"
+        ]
+    return []
+
+
+def _room(pipeline: PipelineFile, card: ModelCard) -> int | None:
+    """Tokens that a passage may have, beside special tokens and prompt; None when the model has no window."""
+    if card.max_tokens is None:
+        return None
+    from penstock.cluster.node import tokenizer
+
+    prompts = pipeline.embedding.prompts
+    prompt = prompts.document if prompts else card.document_prompt
+    used = int(tokenizer(card.reference).count([prompt])[0]) if prompt else 0
+    return card.max_tokens - card.special_tokens - used
+
+
+def _chunker(pipeline: PipelineFile, card: ModelCard, encoder: Encoder) -> Chunker:
+    passages = pipeline.passages
+    if passages.type == "whole":
+        return Chunker(PassageType(passages.type), 0, 0)
+    tokens = passages.tokens or _room(pipeline, card) or 256
+    overlap = passages.overlap if passages.overlap is not None else tokens // DEFAULT_OVERLAP_SHARE
+    return Chunker(PassageType(passages.type), tokens, overlap)
+
+
+def _check_index(pipeline: PipelineFile, dimension: int, origin: Origin) -> None:
+    index = pipeline.index
+    try:
+        factory_string(index.family, index.codec, dimension, nlist=index.nlist or 1, pq_bytes=index.pq_bytes)
+    except ValueError as error:
+        raise PipelineFileInvalid([origin.problem("index", str(error))]) from error
+
+
+def _evaluation_inputs(resolved: Resolved) -> list[str]:
+    """Identities of the query and judgement files, and of the query side of the model."""
+    evaluate = resolved.pipeline.evaluate
+    paths = [path for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
+    contents = []
+    for path in paths:
+        store, name = split_path(path)
+        contents.append(hashlib.sha256(store.read(name)).hexdigest())
+    return [*contents, resolved.query_encoder.fingerprint()]
+
+
+def split_path(path: str) -> tuple[Store, str]:
+    """The store and the name within it of one file, local or on S3."""
+    folder, _, name = path.rpartition("/")
+    return connect(folder or "."), name
+
+
+def _why_passages(resolved: Resolved, past: PastRun | None, todo: int) -> str:
+    if past is None:
+        return "first run" if todo else "done"
+    changed = differences(past.parameters.get(PASSAGES, {}), resolved.parameters[PASSAGES])
+    if changed:
+        return f"changed parameter: {changed}" if todo else "done before with these parameters"
+    before = past.files
+    now = {file.source: file.content for file in resolved.files}
+    counts = Counter(
+        new=sum(source not in before for source in now),
+        changed=sum(source in before and before[source] != content for source, content in now.items()),
+        removed=sum(source not in now for source in before),
+    )
+    parts = [f"{count} {name}" for name, count in counts.items() if count]
+    if parts:
+        return f"inputs: {', '.join(parts)} file{'s' if counts.total() > 1 else ''}"
+    return "interrupted run" if todo else "unchanged"
+
+
+def _selection_plan(
+    resolved: Resolved, facts: list[FragmentFacts] | None, past: PastRun | None, passages: StagePlan
+) -> StagePlan:
+    if facts is not None:
+        return StagePlan(
+            SELECTION, resolved.selection_fingerprint, 1, 0, sum(fact.passages_in for fact in facts), 0, "unchanged"
+        )
+    changed = differences(past.parameters.get(SELECTION, {}), resolved.parameters[SELECTION]) if past else ""
+    why = f"changed parameter: {changed}" if changed else "passages changed" if past else "first run"
+    return StagePlan(SELECTION, resolved.selection_fingerprint, 0, 1, None, None, why)
+
+
+def _embeddings_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None) -> StagePlan:
+    done = finished_fragments(store, EMBEDDINGS, chain.embeddings_fingerprint)
+    todo = [fact for fact in chain.facts if fact.kept and chain.embeddings[fact.passages] not in done]
+    rows = sum(fact.kept for fact in todo)
+    size_bytes = 0
+    for fact in todo:
+        info = store.info(fragment_path(PASSAGES, resolved.stage_fingerprint(PASSAGES), fact.passages))
+        size_bytes += info.size_bytes if info else 0
+    why = _why(EMBEDDINGS, resolved, past, bool(todo), "passages changed")
+    return StagePlan(
+        EMBEDDINGS, chain.embeddings_fingerprint, len(chain.embeddings) - len(todo), len(todo), rows, size_bytes, why
+    )
+
+
+def _training_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None) -> StagePlan:
+    done = store.info(trained_path(chain.training_fingerprint)) is not None
+    rows = 0 if done else min(chain.rows, chain.spec.training_rows)
+    why = _why(TRAINING, resolved, past, not done, "embeddings changed")
+    size_bytes = rows * vector_bytes(resolved)
+    return StagePlan(TRAINING, chain.training_fingerprint, int(done), int(not done), rows, size_bytes, why)
+
+
+def _shards_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None) -> StagePlan:
+    shards = resolved.pipeline.index.shards
+    todo = shards - len(finished_shards(store, chain.shards_fingerprint, shards))
+    rows = chain.rows * todo // shards
+    why = _why(SHARDS, resolved, past, todo > 0, "index or embeddings changed")
+    return StagePlan(SHARDS, chain.shards_fingerprint, shards - todo, todo, rows, rows * vector_bytes(resolved), why)
+
+
+def _evaluation_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None) -> StagePlan:
+    done = store.info(evaluation_path(chain.evaluation_fingerprint)) is not None
+    rows = 0 if done else chain.rows
+    why = _why(EVALUATION, resolved, past, not done, "index changed")
+    size_bytes = rows * vector_bytes(resolved)
+    return StagePlan(EVALUATION, chain.evaluation_fingerprint, int(done), int(not done), rows, size_bytes, why)
+
+
+def evaluation_path(evaluation_fingerprint: str) -> str:
+    return f"{stage_folder(EVALUATION, evaluation_fingerprint)}/evaluation.json"
+
+
+def vector_bytes(resolved: Resolved) -> int:
+    """Bytes of one stored vector."""
+    return resolved.encoder.dimension * (2 if resolved.pipeline.embedding.store == "float16" else 4)
+
+
+def _why(stage: str, resolved: Resolved, past: PastRun | None, todo: bool, otherwise: str) -> str:
+    if not todo:
+        return "unchanged"
+    if past is None:
+        return "first run"
+    changed = differences(past.parameters.get(stage, {}), resolved.parameters[stage])
+    return f"changed parameter: {changed}" if changed else otherwise
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 24 else text[:12] + "…"
+
+
+def check_trainable(resolved: Resolved, chain: Chain, origin: Origin) -> None:
+    """Refuse an index that the corpus is too small to train."""
+    needed = fewest_training_rows(chain.spec)
+    if chain.rows < max(1, needed):
+        rule = f"({chain.spec.factory}) needs at least {max(1, needed)} passages, got {chain.rows}; choose family flat, or smaller nlist"
+        raise PipelineFileInvalid([origin.problem("index", rule)])

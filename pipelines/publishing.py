@@ -1,0 +1,172 @@
+"""Make a built and measured index a version: its manifest, written last, and the alias that readers follow."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from penstock.cluster.catalog import AliasEntry, Catalog
+from penstock.cluster.jobs.shards import FileRecord, ShardRecord
+from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, TRAINING
+from penstock.cluster.storage import AlreadyExists, Store
+from penstock.pipelines.gate import Check
+from penstock.pipelines.ledger import StageEntry
+from penstock.pipelines.planning import Chain, Resolved
+
+FORMAT = "penstock-index/1"
+LINEAGE = "lineage.parquet"
+
+
+def make_manifest(
+    resolved: Resolved,
+    chain: Chain,
+    run_id: str,
+    shards: Sequence[ShardRecord],
+    lineage: FileRecord,
+    evaluation: dict[str, Any],
+    checks: Sequence[Check],
+    entries: Sequence[StageEntry],
+) -> dict[str, Any]:
+    """All that a reader needs to open and query the version, and all that says how it came about."""
+    rows = sum(shard.rows for shard in shards)
+    return {
+        "format": FORMAT,
+        "index": resolved.pipeline.name,
+        "version": chain.version,
+        "run_id": run_id,
+        "rows": rows,
+        "documents": entries[0].rows_out,
+        "duplicates": sum(shard.duplicates for shard in shards),
+        "metric": chain.spec.metric.value,
+        "dimension": chain.spec.dimension,
+        "model": _model(resolved),
+        "transforms": [],
+        "faiss": {
+            "family": chain.spec.family.value,
+            "codec": chain.spec.codec.value,
+            "factory": chain.spec.factory,
+            "seed": chain.spec.seed,
+        },
+        "rerank": resolved.pipeline.index.rerank,
+        "bytes_per_vector": round(index_bytes(shards) / max(rows, 1), 1),
+        "operating_point": evaluation["default"],
+        "evaluation": evaluation,
+        "gate": [check.to_json() for check in checks],
+        "sharding": {"rule": "hash", "shards": len(shards)},
+        "shards": [_shard(shard) for shard in shards],
+        "lineage": vars(lineage)
+        | {
+            "stages": {
+                PASSAGES: resolved.stage_fingerprint(PASSAGES),
+                SELECTION: resolved.selection_fingerprint,
+                EMBEDDINGS: chain.embeddings_fingerprint,
+                TRAINING: chain.training_fingerprint,
+                SHARDS: chain.shards_fingerprint,
+                EVALUATION: chain.evaluation_fingerprint,
+            }
+        },
+    }
+
+
+def index_bytes(shards: Sequence[ShardRecord]) -> int:
+    """Size of the faiss files: what a searching process holds in memory."""
+    return sum(file.size_bytes for shard in shards for file in shard.files if file.name.endswith(".faiss"))
+
+
+def write_lineage(store: Store, folder: str, resolved: Resolved, chain: Chain) -> FileRecord:
+    """The table (stage, fragment) of the stage outputs that a version was made of: what clean-up must leave."""
+    passages = [fact.passages for fact in chain.facts]
+    embeddings = sorted(chain.embeddings.values())
+    stages = [PASSAGES] * len(passages) + [EMBEDDINGS] * len(embeddings)
+    table = pa.table({"stage": stages, "fragment": passages + embeddings})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue()
+    store.write(f"{folder}/{LINEAGE}", data)
+    return FileRecord(LINEAGE, len(data), hashlib.sha256(data).hexdigest())
+
+
+def place_shards(store: Store, folder: str, shards: Sequence[ShardRecord]) -> list[ShardRecord]:
+    """Copy into the version's folder the files of shards that were built for another version with the same contents."""
+    placed = []
+    for shard in shards:
+        if shard.folder != folder:
+            present = store.names(folder)
+            for file in shard.files:
+                if file.name not in present:
+                    store.copy(f"{shard.folder}/{file.name}", f"{folder}/{file.name}")
+        placed.append(ShardRecord(shard.shard, shard.rows, shard.duplicates, folder, shard.files))
+    return placed
+
+
+def publish_manifest(catalog: Catalog, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest, or take the one that is there: equal but for the run that wrote it.
+
+    Raises:
+        AlreadyExists: a manifest of this version names other files.
+    """
+    version = str(manifest["version"])
+    try:
+        return catalog.publish_manifest(version, manifest)
+    except AlreadyExists as error:
+        if _contents(error.record) != _contents(manifest):
+            raise
+        return error.record
+
+
+def shards_of(manifest: dict[str, Any], folder: str) -> list[ShardRecord]:
+    """The shards that a manifest lists, in order."""
+    return [
+        ShardRecord(
+            shard["shard"],
+            shard["rows"],
+            shard["duplicates"],
+            folder,
+            tuple(FileRecord(**file) for file in shard["files"]),
+        )
+        for shard in manifest["shards"]
+    ]
+
+
+def move_alias(catalog: Catalog, alias: str, version: str, expected: int, run_id: str) -> AliasEntry:
+    """Point the alias to the version, if nobody moved it since `expected` was read."""
+    return catalog.move(alias, version, expected=expected, run_id=run_id, reason="publish")
+
+
+def _contents(manifest: dict[str, Any]) -> str:
+    """What must agree between two manifests of one version: the rows and the hashes of the files."""
+    files = sorted((file["name"], file["sha256"]) for shard in manifest["shards"] for file in shard["files"])
+    return json.dumps([manifest["format"], manifest["version"], manifest["rows"], files])
+
+
+def _shard(shard: ShardRecord) -> dict[str, Any]:
+    return {
+        "shard": shard.shard,
+        "rows": shard.rows,
+        "duplicates": shard.duplicates,
+        "files": [vars(file) for file in shard.files],
+    }
+
+
+def _model(resolved: Resolved) -> dict[str, Any]:
+    """The model as a reader must load it to ask in the same space."""
+    encoder = resolved.encoder
+    return {
+        "reference": encoder.model,
+        "weights_sha256": encoder.weights_hash,
+        "tokenizer_sha256": encoder.tokenizer_hash,
+        "configuration_sha256": encoder.configuration_hash,
+        "space": encoder.space,
+        "max_tokens": encoder.max_tokens,
+        "special_tokens": encoder.special_tokens,
+        "dimension": encoder.dimension,
+        "normalize": encoder.normalize,
+        "precision": encoder.precision.value,
+        "document_prompt": encoder.prompt,
+        "query_prompt": resolved.query_encoder.prompt,
+        "trust_remote_code": encoder.trust_remote_code,
+    }

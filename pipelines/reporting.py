@@ -1,0 +1,214 @@
+"""What people see: plans, reports and answers as tables."""
+
+from typing import Any
+
+import pyarrow as pa
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from penstock.pipelines.gate import failed
+from penstock.pipelines.history import Status
+from penstock.pipelines.planning import Plan
+from penstock.pipelines.running import Report
+
+SNIPPET_CHARACTERS = 240
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """The stages of a plan, what is done and to do in each, and why."""
+    table = _table("stage", "fingerprint", "done", "to do", "rows", "to read", "why")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name,
+            (stage.fingerprint or "")[:12],
+            _count(stage.done),
+            _count(stage.todo),
+            _count(stage.rows),
+            _size(stage.bytes_to_read),
+            stage.why,
+        )
+    return Group(table, Text(plan_summary(plan)))
+
+
+def plan_summary(plan: Plan) -> str:
+    """One sentence on what a run would do."""
+    alias = plan.resolved.pipeline.publish.alias
+    if plan.up_to_date:
+        where = f", published as {alias}" if alias and not plan.notes else ""
+        return f"Nothing to do: version {plan.version} is built and measured{where}." + "".join(
+            f"\n{note}" for note in plan.notes
+        )
+    if plan.published:
+        return f"Version {plan.version} is there; a run would check its gate and move alias {alias} to it."
+    return f"A run would make version {plan.version}." if plan.version else "A run would make a new version."
+
+
+def report_view(report: Report) -> RenderableType:
+    """The closing view of a run: figures, stages, gate and where it was published."""
+    return Group(_figures(report), _stages(report), Text(_verdict(report), style="bold"))
+
+
+def answers_view(query: str, rows: pa.Table) -> RenderableType:
+    """One query's answers: similarity, id, metadata and a snippet of the text."""
+    table = _table("similarity", "id", "metadata", "text", title=f"“{query}”")
+    for row in rows.to_pylist():
+        table.add_row(f"{row['similarity']:.4f}", row["id"], metadata_text(row), Text(snippet(row["text"])))
+    return table
+
+
+def answer_rows(rows: pa.Table) -> list[dict[str, Any]]:
+    """The same for machines."""
+    return [
+        {**{name: value for name, value in row.items() if name != "text"}, "snippet": snippet(row["text"])}
+        for row in rows.to_pylist()
+    ]
+
+
+def metadata_text(row: dict[str, Any]) -> str:
+    """Kept columns of a row as `name: value` lines."""
+    own = {"id", "similarity", "document_id", "start", "end", "text"}
+    return "\n".join(f"{name}: {value}" for name, value in row.items() if name not in own and value is not None)
+
+
+def snippet(text: str) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= SNIPPET_CHARACTERS else line[: SNIPPET_CHARACTERS - 1].rstrip() + "…"
+
+
+def records_table(records: list[dict[str, Any]], columns: list[str]) -> RenderableType:
+    """Records as a table of the named columns."""
+    table = _table(*columns)
+    for record in records:
+        table.add_row(*("" if record.get(name) is None else str(record[name]) for name in columns))
+    return table
+
+
+def print_view(view: RenderableType) -> None:
+    """Print to standard output; wide enough for tables when it is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(view, highlight=False)
+
+
+def _figures(report: Report) -> RenderableType:
+    evaluation = report.manifest["evaluation"]
+    selection = report.entries[1]
+    embeddings = report.entries[2]
+    point = evaluation["default"]
+    table = Table(box=SIMPLE_HEAD, show_header=False)
+    rows = [
+        ("documents", f"{report.entries[0].rows_in:,}{_dropped(report.entries[0].dropped)}"),
+        ("passages", f"{selection.rows_in:,}"),
+        ("duplicates left out", f"{sum(selection.dropped.values()):,}"),
+        ("tokens", f"{selection.tokens:,}"),
+        ("encoded / reused", f"{embeddings.encoded:,} / {report.entries[2].rows_in - embeddings.encoded:,}"),
+        (
+            "index",
+            f"{report.manifest['faiss']['factory']}, {len(report.manifest['shards'])} shards, {report.index_bytes:,} bytes",
+        ),
+        ("index bytes per vector", f"{report.manifest['bytes_per_vector']:,.1f}"),
+        (
+            f"recall@{evaluation['k']} measured",
+            f"{evaluation['recall']:.4f} on {evaluation['queries']} queries, {_point(point)}",
+        ),
+    ]
+    if "ndcg" in evaluation:
+        rows.append(
+            (f"nDCG@{evaluation['k']}, MRR@{evaluation['k']}", f"{evaluation['ndcg']:.4f}, {evaluation['mrr']:.4f}")
+        )
+    rows += [("version", report.version), ("alias", _alias(report))]
+    for name, value in rows:
+        table.add_row(name, value)
+    return Panel(table, title=f"{report.name}: {report.status}", expand=False)
+
+
+def _stages(report: Report) -> RenderableType:
+    table = _table("stage", "rows in", "rows out", "dropped", "fragments", "seconds", "busy", "idle", "written")
+    for entry in report.entries:
+        fragments = f"{entry.fragments - entry.fragments_done_before} of {entry.fragments}" if entry.fragments else ""
+        table.add_row(
+            entry.stage,
+            _count(entry.rows_in),
+            _count(entry.rows_out),
+            ", ".join(f"{reason}: {count:,}" for reason, count in entry.dropped.items()),
+            fragments,
+            f"{entry.seconds:.1f}",
+            f"{entry.busy_s:.1f}",
+            f"{entry.idle_s:.1f}",
+            _size(entry.bytes_written),
+        )
+    return table
+
+
+def _verdict(report: Report) -> str:
+    lines = [f"gate: {check}" for check in report.checks]
+    match report.status:
+        case Status.GATE_FAILED:
+            missed = "; ".join(str(check) for check in failed(report.checks))
+            lines.append(f"Version {report.version} is kept but not published: {missed}.")
+        case Status.PUBLISHED if report.alias is not None:
+            lines.append(
+                f"Alias {report.alias.alias} points to version {report.alias.version} (entry {report.alias.number})."
+            )
+        case _:
+            lines.append(f"Version {report.version} is built; the pipeline file names no alias.")
+    lines += report.notes
+    lines.append(f"{report.seconds:.1f} seconds in all, run {report.run_id}.")
+    return "\n".join(lines)
+
+
+def _alias(report: Report) -> str:
+    if report.alias is None:
+        return "none"
+    return report.alias.alias
+
+
+def _dropped(dropped: dict[str, int]) -> str:
+    return f" ({', '.join(f'{reason}: {count:,}' for reason, count in dropped.items())})" if dropped else ""
+
+
+def _point(point: dict[str, Any]) -> str:
+    names = ", ".join(
+        f"{name} {value}" for name, value in point["parameters"].items() if (name, value) != ("rerank_factor", 1)
+    )
+    return f"{names or 'exact'}, {point['latency_ms']:.2f} ms a query"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    numeric = {
+        "done",
+        "to do",
+        "rows",
+        "to read",
+        "rows in",
+        "rows out",
+        "seconds",
+        "busy",
+        "idle",
+        "written",
+        "similarity",
+    }
+    for column in columns:
+        table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
+    return table
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _size(size_bytes: int | None) -> str:
+    if size_bytes is None:
+        return "?"
+    size = float(size_bytes)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,556 @@
+"""Carry out a plan: stage by stage, resumable after each fragment, published only through the gate."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from penstock.cluster.catalog import AliasEntry, Catalog
+from penstock.cluster.fragments import Receipt, Work, write_fragment
+from penstock.cluster.jobs.embeddings import (
+    EmbeddingJob,
+    EmbeddingTask,
+    KnownTask,
+    Pool,
+    embed_fragments,
+    find_known,
+)
+from penstock.cluster.jobs.passages import PassageJob, PassageTask, make_passages, merge_reasons
+from penstock.cluster.jobs.selection import (
+    BucketTask,
+    DuplicateDocumentIds,
+    Exclusions,
+    ReceiptsTask,
+    SelectionJob,
+    bucket_count,
+    read_receipts,
+    resolve_documents,
+    resolve_passages,
+)
+from penstock.cluster.jobs.shards import FragmentPair, ShardJob, ShardRecord, ShardTask, build_shard
+from penstock.cluster.jobs.training import TrainingTask, train, trained_path
+from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, TRAINING, dead_letter_path
+from penstock.cluster.leases import Lease, acquire
+from penstock.cluster.session import Session
+from penstock.cluster.storage import Store
+from penstock.operators.deduplication import DuplicateIds
+from penstock.pipelines.config import TabularDocuments
+from penstock.pipelines.evaluating import evaluate
+from penstock.pipelines.gate import Check, failed, gate_checks
+from penstock.pipelines.history import Status, new_run_id, write_dead_letters, write_run, write_sources
+from penstock.pipelines.ledger import DOCUMENTS, StageEntry, check_sums, dropped_fraction, write_ledger
+from penstock.pipelines.loading import Origin, PipelineFileInvalid
+from penstock.pipelines.planning import (
+    Chain,
+    FragmentFacts,
+    Plan,
+    Resolved,
+    alias_moves,
+    check_trainable,
+    evaluation_path,
+    facts_path,
+    facts_table,
+    finished_fragments,
+    finished_shards,
+    make_chain,
+    pending_passages,
+    read_facts,
+    vector_bytes,
+)
+from penstock.pipelines.progress import Reporter
+from penstock.pipelines.publishing import (
+    index_bytes,
+    make_manifest,
+    move_alias,
+    place_shards,
+    publish_manifest,
+    write_lineage,
+)
+
+RECEIPTS_PER_TASK = 500
+# An actor takes a little less than its CPUs, so that reading and writing find a place beside a full pool.
+ACTOR_CPU_SHARE = 0.98
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did, for people and machines."""
+
+    run_id: str
+    name: str
+    status: Status
+    version: str
+    alias: AliasEntry | None
+    checks: tuple[Check, ...]
+    entries: tuple[StageEntry, ...]
+    manifest: dict[str, Any]
+    index_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "name": self.name,
+            "status": self.status.value,
+            "version": self.version,
+            "alias": vars(self.alias) | {"modified": self.alias.modified.isoformat()} if self.alias else None,
+            "gate": [check.to_json() for check in self.checks],
+            "stages": [entry.to_json() for entry in self.entries],
+            "rows": self.manifest["rows"],
+            "documents": self.manifest["documents"],
+            "duplicates": self.manifest["duplicates"],
+            "bytes_per_vector": self.manifest["bytes_per_vector"],
+            "evaluation": self.manifest["evaluation"],
+            "index_bytes": self.index_bytes,
+            "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+        }
+
+
+def execute(plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter) -> Report:
+    """Do what the plan says, under the index's lease.
+
+    Raises:
+        LeaseHeld: another run of this index is under way.
+        StoreUnsuitable: the store cannot keep two runs apart.
+        PublishConflict, LeaseLost: somebody else published meanwhile.
+    """
+    resolved = plan.resolved
+    store.probe()
+    run = Run(resolved, origin, store, session, reporter, new_run_id(resolved.pipeline.name))
+    with acquire(store, resolved.pipeline.name, run.run_id) as lease:
+        return run.execute(lease)
+
+
+class Run:
+    """One execution. Each stage method does what is missing of its stage and enters it in the ledger."""
+
+    def __init__(
+        self, resolved: Resolved, origin: Origin, store: Store, session: Session, reporter: Reporter, run_id: str
+    ) -> None:
+        self.resolved = resolved
+        self.run_id = run_id
+        self._origin = origin
+        self._store = store
+        self._session = session
+        self._reporter = reporter
+        self._catalog = Catalog(store, resolved.pipeline.name)
+        self._entries: list[StageEntry] = []
+        self._started = time.monotonic()
+        self._record: dict[str, Any] = {
+            "run_id": run_id,
+            "name": resolved.pipeline.name,
+            "status": Status.RUNNING.value,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "pipeline": resolved.pipeline.model_dump(mode="json"),
+            "parameters": resolved.parameters,
+        }
+
+    def execute(self, lease: Lease) -> Report:
+        """Run all stages and publish; whatever happens, the run's record says how it ended."""
+        write_sources(self._store, self.run_id, self.resolved.files)
+        write_run(self._store, self._record)
+        try:
+            report = self._stages(lease)
+        except KeyboardInterrupt:
+            self._finish(Status.INTERRUPTED, {})
+            raise
+        except Exception as error:
+            self._finish(Status.FAILED, {"error": f"{type(error).__name__}: {error}"})
+            raise
+        self._finish(report.status, {"version": report.version, "report": report.to_json()})
+        return report
+
+    def _stages(self, lease: Lease) -> Report:
+        # The head is read before any work: an alias that somebody moves meanwhile makes publishing fail, not overwrite.
+        alias = self.resolved.pipeline.publish.alias
+        present = self._catalog.alias(alias) if alias else None
+        head = present.number if present else 0
+        self._passages()
+        facts = self._selection()
+        chain = make_chain(self.resolved, facts)
+        check_trainable(self.resolved, chain, self._origin)
+        receipts = self._embeddings(chain)
+        self._training(chain)
+        shards = self._shards(chain, sum(receipt.rows_out for receipt in receipts))
+        evaluation = self._evaluation(chain, shards)
+        self._dead_letters(chain, receipts)
+        check_sums(self._entries)
+        return self._publish(lease, head, chain, shards, evaluation)
+
+    def _passages(self) -> None:
+        resolved, started = self.resolved, time.monotonic()
+        todo = pending_passages(resolved, self._store)
+        job = PassageJob(
+            self._store.url,
+            resolved.stage_fingerprint(PASSAGES),
+            resolved.reader,
+            resolved.chunker,
+            resolved.card.reference,
+        )
+        works: list[Work] = []
+        if todo:
+            tasks = [PassageTask(job, fragment.fingerprint, fragment.parts) for fragment in todo]
+            with self._reporter.stage("passages", len(todo), "fragments") as advance:
+                for work in self._session.stream(make_passages, tasks):
+                    works.append(work)
+                    advance(1, f"{sum(one.receipt.passages for one in works):,} passages")
+        self._passage_work = _entry(PASSAGES, works, len(resolved.fragments), started)
+
+    def _selection(self) -> list[FragmentFacts]:
+        started = time.monotonic()
+        facts = read_facts(self._store, self.resolved.selection_fingerprint)
+        if facts is None:
+            facts = self._select()
+        dropped = merge_reasons([fact.dropped for fact in facts])
+        documents_in, documents_out = (
+            sum(fact.documents_in for fact in facts),
+            sum(fact.documents_out for fact in facts),
+        )
+        self._entries.append(
+            replace(self._passage_work, stage=DOCUMENTS, rows_in=documents_in, rows_out=documents_out, dropped=dropped)
+        )
+        duplicates = {
+            "duplicate_id": sum(fact.duplicate_ids for fact in facts),
+            "duplicate_text": sum(fact.duplicate_texts for fact in facts),
+        }
+        self._entries.append(
+            StageEntry(
+                stage=SELECTION,
+                rows_in=sum(fact.passages_in for fact in facts),
+                rows_out=sum(fact.kept for fact in facts),
+                dropped={reason: count for reason, count in duplicates.items() if count},
+                tokens=sum(fact.tokens for fact in facts),
+                seconds=time.monotonic() - started,
+            )
+        )
+        if not any(fact.kept for fact in facts):
+            rule = (
+                f"none of {documents_in} documents gave a passage ({dropped or 'no rows'}): there is nothing to index"
+            )
+            raise PipelineFileInvalid([self._origin.problem("documents", rule)])
+        return facts
+
+    def _select(self) -> list[FragmentFacts]:
+        """Join over all fragments, then write the facts per fragment: the sign that selection is done."""
+        resolved = self.resolved
+        passages_fingerprint = resolved.stage_fingerprint(PASSAGES)
+        names = sorted({fragment.fingerprint for fragment in resolved.fragments})
+        with self._reporter.stage("selection", 3, "steps") as advance:
+            receipts = self._receipts(PASSAGES, passages_fingerprint, names)
+            advance(1, "receipts read")
+            job = SelectionJob(
+                root=self._store.url,
+                passages_fingerprint=passages_fingerprint,
+                fingerprint=resolved.selection_fingerprint,
+                fragments=tuple(names),
+                buckets=bucket_count(sum(receipt.passages for receipt in receipts)),
+                duplicate_ids=self._duplicate_policy(),
+                deduplicate=resolved.pipeline.deduplicate.type == "exact",
+            )
+            losing = self._resolve_documents(job)
+            advance(1, "document ids")
+            exclusions = self._resolve_passages(job, losing)
+            advance(1, "duplicates")
+        facts = [_facts(receipt, exclusions.get(receipt.fragment, Exclusions())) for receipt in receipts]
+        write_fragment(self._store, facts_path(resolved.selection_fingerprint), facts_table(facts))
+        return facts
+
+    def _duplicate_policy(self) -> DuplicateIds:
+        """Ids derived from content repeat only where the content does: such rows are one document, never an error."""
+        documents = self.resolved.pipeline.documents
+        if isinstance(documents, TabularDocuments) and documents.id is None:
+            return DuplicateIds.FIRST
+        return documents.duplicate_ids
+
+    def _resolve_documents(self, job: SelectionJob) -> frozenset[str]:
+        losing: set[str] = set()
+        examples: list[str] = []
+        repeated = 0
+        for found in self._session.stream(
+            resolve_documents, [BucketTask(job, bucket) for bucket in range(job.buckets)]
+        ):
+            losing |= set(found.losing_fragments)
+            examples += found.examples
+            repeated += found.repeated_ids
+        if examples:
+            raise DuplicateDocumentIds(
+                f"documents.id: ids must be unique, {repeated} are not: {'; '.join(examples[:5])}. Set documents.duplicate_ids to "
+                "first or last to keep one of them, or name another id column"
+            )
+        return frozenset(losing)
+
+    def _resolve_passages(self, job: SelectionJob, losing: frozenset[str]) -> dict[str, Exclusions]:
+        merged: dict[str, Exclusions] = {}
+        tasks = [(BucketTask(job, bucket), losing) for bucket in range(job.buckets)]
+        for found in self._session.stream(resolve_passages, tasks):
+            for fragment, exclusions in found.items():
+                merged[fragment] = merged.get(fragment, Exclusions()).merge(exclusions)
+        return merged
+
+    def _receipts(self, stage: str, stage_fingerprint: str, fragments: Sequence[str]) -> list[Receipt]:
+        tasks = [
+            ReceiptsTask(self._store.url, stage, stage_fingerprint, tuple(fragments[i : i + RECEIPTS_PER_TASK]))
+            for i in range(0, len(fragments), RECEIPTS_PER_TASK)
+        ]
+        receipts = [receipt for group in self._session.stream(read_receipts, tasks) for receipt in group]
+        return sorted(receipts, key=lambda receipt: receipt.fragment)
+
+    def _embeddings(self, chain: Chain) -> list[Receipt]:
+        started = time.monotonic()
+        done = finished_fragments(self._store, EMBEDDINGS, chain.embeddings_fingerprint)
+        kept = [fact for fact in chain.facts if fact.kept]
+        todo = [fact for fact in kept if chain.embeddings[fact.passages] not in done]
+        works: list[Work] = []
+        pool = None
+        if todo:
+            pool = self._pool(len(todo))
+            works = self._embed(chain, todo, sorted(done), pool)
+        fresh = {work.receipt.fragment: work.receipt for work in works}
+        earlier = [name for name in chain.embeddings.values() if name not in fresh]
+        receipts = [*fresh.values(), *self._receipts(EMBEDDINGS, chain.embeddings_fingerprint, sorted(earlier))]
+        entry = _entry(EMBEDDINGS, works, len(kept), started)
+        capacity_s = entry.seconds * (pool.count if pool else 0)
+        self._entries.append(
+            replace(
+                entry,
+                rows_in=sum(receipt.rows_in for receipt in receipts),
+                rows_out=sum(receipt.rows_out for receipt in receipts),
+                dropped=merge_reasons([receipt.dropped for receipt in receipts]),
+                idle_s=max(0.0, capacity_s - entry.busy_s),
+            )
+        )
+        if entry.truncated_tokens:
+            self._reporter.warn(f"{entry.truncated_tokens:,} tokens lay beyond the model's window and were truncated")
+        return receipts
+
+    def _embed(self, chain: Chain, todo: Sequence[FragmentFacts], donors: list[str], pool: Pool) -> list[Work]:
+        resolved = self.resolved
+        job = EmbeddingJob(
+            root=self._store.url,
+            passages_fingerprint=resolved.stage_fingerprint(PASSAGES),
+            selection_fingerprint=resolved.selection_fingerprint,
+            fingerprint=chain.embeddings_fingerprint,
+            encoder=resolved.encoder,
+            store_format=resolved.pipeline.embedding.store,
+            threads=resolved.pipeline.embedding.workers.cpus,
+        )
+        rows = sum(fact.kept for fact in todo)
+        if donors:
+            job = replace(job, known=self._known(job, todo, donors))
+        tasks = [
+            EmbeddingTask(fact.passages, chain.embeddings[fact.passages], fact.kept < fact.passages_in) for fact in todo
+        ]
+        works: list[Work] = []
+        with self._reporter.stage("embeddings", rows, "passages") as advance:
+            started = time.monotonic()
+            advance(0, f"starting {pool.count} workers")
+            for work in embed_fragments(self._session, job, tasks, pool):
+                works.append(work)
+                tokens = sum(one.receipt.tokens for one in works)
+                advance(work.receipt.rows_in, f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+        return works
+
+    def _known(self, job: EmbeddingJob, todo: Sequence[FragmentFacts], donors: list[str]) -> tuple[str, ...]:
+        """Tables of the vectors that earlier fragments of this encoder hold for passages to embed now."""
+        donor_rows = sum(self._sizes(EMBEDDINGS, job.fingerprint)) // vector_bytes(self.resolved)
+        buckets = bucket_count(donor_rows)
+        pending = tuple(fact.passages for fact in todo)
+        tasks = [KnownTask(job, self.run_id, pending, tuple(donors), bucket, buckets) for bucket in range(buckets)]
+        paths, found = [], 0
+        with self._reporter.stage("reuse", buckets, "buckets") as advance:
+            for path, rows in self._session.stream(find_known, tasks):
+                paths += [path] if path else []
+                found += rows
+                advance(1, f"{found:,} vectors known")
+        return tuple(sorted(paths))
+
+    def _sizes(self, stage: str, stage_fingerprint: str) -> Iterable[int]:
+        return (info.size_bytes for info in self._store.list(f"stages/{stage}/{stage_fingerprint}"))
+
+    def _pool(self, tasks: int) -> Pool:
+        """The encoder workers: as many as the file says, or as fit; never more than there are fragments."""
+        workers = self.resolved.pipeline.embedding.workers
+        have = self._session.resources()
+        fit = int(have.get("CPU", 1) // workers.cpus)
+        if workers.gpus:
+            fit = min(fit, int(have.get("GPU", 0) / workers.gpus))
+        wanted = workers.count or max(fit, 1)
+        if wanted > fit and not os.environ.get("RAY_ADDRESS"):
+            rule = (
+                f"({wanted} workers of {workers.cpus} CPUs and {workers.gpus:g} GPUs) must fit on this machine, which has "
+                f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower them, or set RAY_ADDRESS to a cluster"
+            )
+            raise PipelineFileInvalid([self._origin.problem("embedding.workers", rule)])
+        return Pool(min(wanted, tasks), workers.cpus * ACTOR_CPU_SHARE, workers.gpus)
+
+    def _training(self, chain: Chain) -> None:
+        if self._store.info(trained_path(chain.training_fingerprint)) is not None:
+            return
+        fragments = tuple(sorted(chain.embeddings.values()))
+        task = TrainingTask(
+            self._store.url, chain.embeddings_fingerprint, fragments, chain.rows, chain.spec, chain.training_fingerprint
+        )
+        with self._reporter.stage(TRAINING, 1, "index") as advance:
+            rows = self._session.run(train, task)
+            advance(1, f"{chain.spec.factory} on {rows:,} vectors")
+
+    def _shards(self, chain: Chain, vectors: int) -> list[ShardRecord]:
+        started = time.monotonic()
+        count = self.resolved.pipeline.index.shards
+        records = finished_shards(self._store, chain.shards_fingerprint, count)
+        before = len(records)
+        todo = [shard for shard in range(count) if shard not in records]
+        if todo:
+            job = self._shard_job(chain)
+            with self._reporter.stage(SHARDS, len(todo), "shards") as advance:
+                for record in self._session.stream(build_shard, [ShardTask(job, shard) for shard in todo]):
+                    records[record.shard] = record
+                    advance(1, f"{sum(one.rows for one in records.values()):,} vectors")
+        built = [records[shard] for shard in todo]
+        self._entries.append(
+            StageEntry(
+                stage=SHARDS,
+                rows_in=vectors,
+                rows_out=sum(record.rows for record in records.values()),
+                fragments=count,
+                fragments_done_before=before,
+                seconds=time.monotonic() - started,
+                busy_s=sum(record.busy_s for record in built),
+                bytes_written=sum(file.size_bytes for record in built for file in record.files),
+            )
+        )
+        return [records[shard] for shard in range(count)]
+
+    def _shard_job(self, chain: Chain) -> ShardJob:
+        resolved = self.resolved
+        pairs = sorted(chain.embeddings.items(), key=lambda pair: pair[1])
+        return ShardJob(
+            root=self._store.url,
+            fingerprint=chain.shards_fingerprint,
+            folder=self._catalog.version_folder(chain.version),
+            passages_fingerprint=resolved.stage_fingerprint(PASSAGES),
+            selection_fingerprint=resolved.selection_fingerprint,
+            embeddings_fingerprint=chain.embeddings_fingerprint,
+            training_fingerprint=chain.training_fingerprint,
+            fragments=tuple(FragmentPair(passages, embeddings) for passages, embeddings in pairs),
+            shards=resolved.pipeline.index.shards,
+            spec=chain.spec,
+            rerank=resolved.pipeline.index.rerank,
+        )
+
+    def _evaluation(self, chain: Chain, shards: list[ShardRecord]) -> dict[str, Any]:
+        path = evaluation_path(chain.evaluation_fingerprint)
+        record = read_json(self._store, path)
+        if record is not None:
+            return record
+        with self._reporter.stage(EVALUATION, 2 * len(shards), "shards") as advance:
+            record = evaluate(self._session, self.resolved, chain, shards, self._store.url, advance)
+        write_json(self._store, path, record)
+        return record
+
+    def _dead_letters(self, chain: Chain, receipts: Sequence[Receipt]) -> None:
+        passages = self.resolved.stage_fingerprint(PASSAGES)
+        paths = [dead_letter_path(PASSAGES, passages, fact.passages) for fact in chain.facts if fact.dropped]
+        paths += [
+            dead_letter_path(EMBEDDINGS, chain.embeddings_fingerprint, receipt.fragment)
+            for receipt in receipts
+            if receipt.dropped
+        ]
+        write_dead_letters(self._store, self.run_id, paths)
+
+    def _publish(
+        self, lease: Lease, head: int, chain: Chain, shards: list[ShardRecord], evaluation: dict[str, Any]
+    ) -> Report:
+        folder = self._catalog.version_folder(chain.version)
+        shards = place_shards(self._store, folder, shards)
+        rows = sum(shard.rows for shard in shards)
+        lost = sum(sum(entry.dropped.values()) for entry in self._entries if entry.stage == EMBEDDINGS)
+        coverage = rows / (chain.rows - lost) if chain.rows > lost else 0.0
+        checks = gate_checks(self.resolved.pipeline, evaluation, coverage, dropped_fraction(self._entries))
+        lineage = write_lineage(self._store, folder, self.resolved, chain)
+        manifest = make_manifest(self.resolved, chain, self.run_id, shards, lineage, evaluation, checks, self._entries)
+        lease.check()
+        manifest = publish_manifest(self._catalog, manifest)
+        status, entry, notes = self._promote(lease, head, chain.version, checks)
+        write_ledger(self._store, self.run_id, self._entries)
+        return Report(
+            run_id=self.run_id,
+            name=self.resolved.pipeline.name,
+            status=status,
+            version=chain.version,
+            alias=entry,
+            checks=tuple(checks),
+            entries=tuple(self._entries),
+            manifest=manifest,
+            index_bytes=index_bytes(shards),
+            seconds=time.monotonic() - self._started,
+            notes=notes,
+        )
+
+    def _promote(
+        self, lease: Lease, head: int, version: str, checks: Sequence[Check]
+    ) -> tuple[Status, AliasEntry | None, tuple[str, ...]]:
+        alias = self.resolved.pipeline.publish.alias
+        if failed(checks):
+            return Status.GATE_FAILED, None, ()
+        if alias is None:
+            return Status.UNPUBLISHED, None, ()
+        moves, note = alias_moves(self.resolved.pipeline, self._catalog, version)
+        if not moves:
+            return Status.PUBLISHED, self._catalog.alias(alias), (note,) if note else ()
+        lease.check()
+        return Status.PUBLISHED, move_alias(self._catalog, alias, version, head, self.run_id), ()
+
+    def _finish(self, status: Status, more: dict[str, Any]) -> None:
+        self._record |= {"status": status.value, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **more}
+        write_run(self._store, self._record)
+
+
+def read_json(store: Store, path: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(store.read(path))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def write_json(store: Store, path: str, record: dict[str, Any]) -> None:
+    store.write(path, json.dumps(record, indent=1, sort_keys=True).encode())
+
+
+def _facts(receipt: Receipt, exclusions: Exclusions) -> FragmentFacts:
+    return FragmentFacts(
+        passages=receipt.fragment,
+        documents_in=receipt.rows_in,
+        documents_out=receipt.rows_out,
+        dropped=receipt.dropped,
+        passages_in=receipt.passages,
+        tokens=receipt.tokens - exclusions.tokens,
+        duplicate_ids=exclusions.duplicate_ids,
+        duplicate_texts=exclusions.duplicate_texts,
+        digest=exclusions.digest,
+    )
+
+
+def _entry(stage: str, works: Sequence[Work], fragments: int, started: float) -> StageEntry:
+    """A ledger entry with what this run did; its rows are filled in from the receipts of all fragments."""
+    return StageEntry(
+        stage=stage,
+        rows_in=0,
+        rows_out=0,
+        fragments=fragments,
+        fragments_done_before=fragments - len(works),
+        tokens=sum(work.receipt.tokens for work in works),
+        truncated_tokens=sum(work.receipt.truncated_tokens for work in works),
+        encoded=sum(work.encoded for work in works),
+        reused=sum(work.reused for work in works),
+        seconds=time.monotonic() - started,
+        busy_s=sum(work.busy_s for work in works),
+        bytes_read=sum(work.bytes_read for work in works),
+        bytes_written=sum(work.bytes_written for work in works),
+    )
