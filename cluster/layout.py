@@ -1,4 +1,5 @@
-"""Where things lie under a root. Every path in the store comes from here, made of fingerprints and checked names only."""
+"""Where things lie under a root. Every path in the store comes from here, made of fingerprints and checked names
+only."""
 
 PASSAGES = "passages"
 SELECTION = "selection"

@@ -1,4 +1,5 @@
-"""Files of a published version as a reader opens them: fetched to this node if need be, and hashed before they are used."""
+"""Files of a published version as a reader opens them: fetched to this node if need be, and hashed before they are
+used."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +20,8 @@ class DamagedFile(Exception):
 
 
 def verified_file(store: Store, folder: str, record: FileRecord) -> Path:
-    """A local path of a published file whose sha256 was just checked: in place on a local store, else in the node's cache.
+    """A local path of a published file whose sha256 was just checked: in place on a local store, else in the node's
+    cache.
 
     Raises:
         DamagedFile: missing, or other bytes than were published.

@@ -11,10 +11,13 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Local sessions: Ray's default of 30 % of memory is meant for machines that do nothing else; a fragment is about 100 MB at most.
+# Local sessions: Ray's default of 30 % of memory is meant for machines that do nothing else; a fragment is about 100
+# MB at most.
 LOCAL_OBJECT_STORE_BYTES = 1_073_741_824
-# Must be set before `import ray`: workers at nice 0 (15 starves them beside anything else), no call home, and (the name says
-# Windows or macOS, the effect is general) addresses resolved to loopback, so that a local session opens no outside port.
+# Must be set before `import ray`: workers at nice 0 (15 starves them beside anything else), no call home, and (the
+# name says
+# Windows or macOS, the effect is general) addresses resolved to loopback, so that a local session opens no outside
+# port.
 LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -82,11 +85,14 @@ class Session:
     def stream(self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1) -> Iterator[R]:
         """Results of `function` on each task, as they finish, in any order.
 
-        At most two tasks per CPU are in flight, so that neither tasks nor results pile up in the driver. A worker that dies
-        is replaced and its task is run again (outputs are named by what made them, so that a second writer writes the same).
+        At most two tasks per CPU are in flight, so that neither tasks nor results pile up in the driver. A worker
+        that dies
+        is replaced and its task is run again (outputs are named by what made them, so that a second writer writes the
+        same).
 
         Raises:
-            WorkFailed: a task raised. Penstock's own exceptions (those with a message for people) come through as they are.
+            WorkFailed: a task raised. Penstock's own exceptions (those with a message for people) come through as
+            they are.
         """
         self.start()
         import ray
@@ -141,7 +147,6 @@ def _quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.target_max_block_size = None  # one fragment stays one block
     context.max_errored_blocks = 0
-    context.log_internal_stack_trace_to_stdout = False
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

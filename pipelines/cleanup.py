@@ -36,7 +36,8 @@ class Removal:
 def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run: bool) -> list[Removal]:
     """Remove what no kept version needs and is older than the grace period, by the store's clock.
 
-    Kept are, for each index, the versions that aliases point to, and the newest `keep` (None: what each index's last run asked for).
+    Kept are, for each index, the versions that aliases point to, and the newest `keep` (None: what each index's last
+    run asked for).
     Holds the lease of every index meanwhile, so that no run is under way.
 
     Raises:
@@ -56,7 +57,8 @@ def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run:
         removals = [removal for removal in _removals(store, indexes, keep, limit) if removal.paths]
         if not dry_run:
             for removal in removals:
-                # A manifest goes first: without it nothing is a version any more, whatever is left when this is cut short.
+                # A manifest goes first: without it nothing is a version any more, whatever is left when this is cut
+                # short.
                 store.delete(sorted(removal.paths, key=lambda path: not path.endswith("manifest.json")))
             store.remove_leftovers(grace_hours * 3600)
     return removals

@@ -155,7 +155,7 @@ def versions(
     records = [
         record for name in ([index] if index else sorted(store.folders("indexes"))) for record in _versions(store, name)
     ]
-    columns = ["index", "version", "aliases", "rows", "recall", "bytes_per_vector", "gate", "run_id"]
+    columns = ["index", "version", "aliases", "rows", "recall", "bytes_per_vector", "gate"]
     _output(json_, records, lambda: print_view(records_table(records, columns)))
 
 
@@ -173,8 +173,8 @@ def promote(
     if missed:
         figures = "; ".join(f"{check['name']} {check['measured']:.4f} against {check['bound']:g}" for check in missed)
         sys.stderr.write(
-            f"version {version} failed its gate ({figures}) and is never promoted; change the gate in the pipeline file, if that is "
-            "what is wrong, and run it again\n"
+            f"version {version} failed its gate ({figures}) and is never promoted; if it is the gate that is wrong, "
+            "change it in the pipeline file and run that\n"
         )
         raise typer.Exit(EXIT_GATE)
     present = catalog.alias(name)
@@ -251,7 +251,7 @@ def gc(
     def show() -> None:
         if records:
             print_view(records_table(records, ["what", "objects", "bytes"]))
-        typer.echo(f"{sum(record['objects'] for record in records):,} objects, {total:,} bytes {verb}")
+        typer.echo(f"{sum(len(removal.paths) for removal in removals):,} objects, {total:,} bytes {verb}")
 
     _output(json_, {"dry_run": dry_run, "removed": records, "bytes": total}, show)
 
@@ -294,7 +294,7 @@ def _version(index: str, version: str, manifest: dict[str, Any], aliases: list[s
         "version": version,
         "aliases": ", ".join(aliases),
         "rows": manifest["rows"],
-        "recall": manifest["evaluation"]["recall"],
+        "recall": round(manifest["evaluation"]["recall"], 4),
         "bytes_per_vector": manifest["bytes_per_vector"],
         "gate": f"failed: {', '.join(missed)}" if missed else "passed" if manifest["gate"] else "none",
         "run_id": manifest["run_id"],
@@ -324,7 +324,7 @@ def _show_move(entry: AliasEntry, json_: bool) -> None:
 
 def _status_row(record: dict[str, Any]) -> dict[str, Any]:
     report = record.get("report", {})
-    embeddings = next((stage for stage in report.get("stages", []) if stage["stage"] == "embeddings"), {})
+    embeddings: dict[str, Any] = next((stage for stage in report.get("stages", []) if stage["stage"] == "embeddings"), {})
     return {
         "run": record["run_id"],
         "started": record["started"],

@@ -161,8 +161,8 @@ class Index(Section):
         for option, owner in owners.items():
             if getattr(self, option) is not None and owner not in (self.family.value, self.codec.value):
                 raise ValueError(
-                    f"{option} ({getattr(self, option)}) belongs to {owner}, but family is {self.family.value} and codec "
-                    f"is {self.codec.value}; leave it out"
+                    f"{option} ({getattr(self, option)}) belongs to {owner}, but family is {self.family.value} "
+                    f"and codec is {self.codec.value}; leave it out"
                 )
         if (
             self.metric is Metric.INNER_PRODUCT
@@ -170,7 +170,8 @@ class Index(Section):
             and self.codec in (Codec.PQ, Codec.RABITQ)
         ):
             raise ValueError(
-                f"codec ({self.codec.value}) with family hnsw is only built for metric cosine; choose family ivf, codec sq8 or none"
+                f"codec ({self.codec.value}) with family hnsw is only built for metric cosine; "
+                "choose family ivf, codec sq8 or none"
             )
         return self
 

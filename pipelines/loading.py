@@ -21,9 +21,14 @@ from penstock.pipelines.config import (
 )
 
 MAX_FILE_BYTES = 262_144
+MAX_DEPTH = 32  # the deepest key has 4; PyYAML recurses, and 100,000 open brackets took it 335 s
+MAX_SHOWN_CHARACTERS = 200
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*(?=@)")
+SIGNATURE = re.compile(r"(?<=\?)[^\s'\"]*(?:signature|credential|token|key)[\w-]*=[^\s'\"]*", re.IGNORECASE)
 Location = tuple[str | int, ...]
-SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
+YAML_TAG = "tag:yaml.org,2002:"
+SCALAR_TAGS = {YAML_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp")}
 DOCUMENT_VARIANTS = {
     "parquet": TabularDocuments,
     "jsonl": TabularDocuments,
@@ -64,9 +69,8 @@ class Origin:
     lines: Mapping[Location, int]
 
     def problem(self, location: str, message: str) -> Problem:
-        where: Location = tuple(location.split("."))
-        source = "--set" if self.lines.get(where) == 0 else self.file
-        return Problem(source, _line(where, self.lines), location, message)
+        source, line = _place(tuple(location.split(".")), self.file, self.lines)
+        return Problem(source, line, location, message)
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineFile, Origin]:
@@ -88,7 +92,7 @@ def parse_pipeline(text: str, file: str = "<pipeline>", overrides: Sequence[str]
     try:
         pipeline = PipelineFile.model_validate(content)
     except ValidationError as error:
-        problems += [_problem(dict(detail), content, file, lines) for detail in error.errors(include_url=False)]
+        problems += _invalid(error, content, file, lines)
     if problems:
         raise PipelineFileInvalid(problems)
     return pipeline, Origin(file, lines)
@@ -96,29 +100,32 @@ def parse_pipeline(text: str, file: str = "<pipeline>", overrides: Sequence[str]
 
 def _read_text(path: Path) -> str:
     try:
-        size_bytes = path.stat().st_size
-    except OSError as error:
-        raise PipelineFileInvalid(
-            [Problem(str(path), 0, "", f"cannot be read ({error.strerror}); check the path")]
-        ) from error
-    if size_bytes > MAX_FILE_BYTES:
-        rule = f"a pipeline file has at most {MAX_FILE_BYTES} bytes, got {size_bytes}; is this the right file?"
+        with path.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PipelineFileInvalid([Problem(str(path), 0, "", f"cannot be read ({reason}); check the path")]) from error
+    if len(content) > MAX_FILE_BYTES:
+        rule = f"a pipeline file has at most {MAX_FILE_BYTES} bytes, got more; is this the right file?"
         raise PipelineFileInvalid([Problem(str(path), 0, "", rule)])
     try:
-        return path.read_text("utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise PipelineFileInvalid([Problem(str(path), 0, "", f"must be a UTF-8 text file: {error}")]) from error
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise PipelineFileInvalid([Problem(str(path), line, "", f"must be a UTF-8 text file: {error}")]) from error
 
 
 def _parse_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[Location, int]]:
     """Plain data and the line of every key, from YAML without aliases, tags or duplicate keys."""
     try:
         node = _compose(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 0
-        reason = getattr(error, "problem", None) or str(error)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        reason = f"character U+{error.character:04X} is not allowed ({error.reason})"
         raise PipelineFileInvalid([Problem(file, line, "", f"is not valid YAML: {reason}")]) from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise PipelineFileInvalid([Problem(file, line, "", f"is not valid YAML: {error.problem}")]) from error
     lines: dict[Location, int] = {}
     problems: list[Problem] = []
     content = _construct(node, (), lines, file, problems) if node else None
@@ -130,7 +137,13 @@ def _parse_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[Location, in
 
 
 def _compose(text: str) -> Node | None:
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"at most {MAX_DEPTH} levels may be nested; write it flatter", problem_mark=event.start_mark
+            )
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.MarkedYAMLError(
                 problem="anchors and aliases are not allowed; write the value out", problem_mark=event.start_mark
@@ -141,17 +154,29 @@ def _compose(text: str) -> Node | None:
 def _construct(node: Node, where: Location, lines: dict[Location, int], file: str, problems: list[Problem]) -> Any:  # noqa: ANN401
     lines.setdefault(where, node.start_mark.line + 1)
     match node:
-        case MappingNode():
+        case MappingNode() if node.tag == YAML_TAG + "map":
             return _construct_mapping(node, where, lines, file, problems)
-        case SequenceNode():
+        case SequenceNode() if node.tag == YAML_TAG + "seq":
             return [_construct(item, (*where, i), lines, file, problems) for i, item in enumerate(node.value)]
         case ScalarNode() if node.tag in SCALAR_TAGS:
-            value = yaml.SafeLoader("").construct_object(node)
-            return value if isinstance(value, (str, int, float, bool, type(None))) else node.value
+            return _construct_scalar(node, where, file, problems)
         case _:
-            rule = f"tag {node.tag} is not allowed; use plain text, numbers, true/false, lists and mappings"
-            problems.append(Problem(file, node.start_mark.line + 1, _dotted(where), rule))
+            problems.append(_bad_tag(node, where, file))
             return None
+
+
+def _construct_scalar(node: ScalarNode, where: Location, file: str, problems: list[Problem]) -> str | int | float | None:
+    """The value of a scalar; dates stay text. What looks like a number and is none (0b_, !!int x) is a problem."""
+    kind = node.tag.removeprefix(YAML_TAG)
+    if kind == "timestamp":
+        return str(node.value)
+    try:
+        value: str | int | float | None = yaml.SafeLoader("").construct_object(node)
+    except (ValueError, KeyError):
+        rule = f"({_shown(node.value)}) is no valid YAML {kind}; put it in quotes if it is text"
+        problems.append(Problem(file, node.start_mark.line + 1, _dotted(where), rule))
+        return None
+    return value
 
 
 def _construct_mapping(
@@ -159,6 +184,9 @@ def _construct_mapping(
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
+        if not isinstance(key_node, ScalarNode) or key_node.tag not in SCALAR_TAGS:
+            problems.append(_bad_tag(key_node, where, file))
+            continue
         line, key = key_node.start_mark.line + 1, str(key_node.value)
         if key in result:
             first = lines[(*where, key)]
@@ -171,26 +199,50 @@ def _construct_mapping(
     return result
 
 
+def _bad_tag(node: Node, where: Location, file: str) -> Problem:
+    rule = f"tag {node.tag} is not allowed here; use plain text keys, text, numbers, true/false, lists and mappings"
+    return Problem(file, node.start_mark.line + 1, _dotted(where), rule)
+
+
 def _apply_override(
     content: dict[str, Any], lines: dict[Location, int], override: str, problems: list[Problem]
 ) -> None:
     key, separator, value = override.partition("=")
-    path = key.split(".")
+    path = tuple(key.split("."))
     if not separator or not all(path):
-        problems.append(Problem("--set", 0, "", f"({override}) must read key.key=value, as in index.shards=4"))
+        rule = f"({_shown(override)}) must read key.key=value, as in index.shards=4"
+        problems.append(Problem("--set", 0, "", rule))
         return
     try:
         parsed, _ = _parse_yaml(f"value: {value}", "--set")
     except PipelineFileInvalid as error:
         problems += [Problem("--set", 0, key, problem.message) for problem in error.problems]
         return
-    target = content
-    for part in path[:-1]:
-        if not isinstance(target.get(part), dict):
-            target[part] = {}
-        target = target[part]
-    target[path[-1]] = parsed["value"]
-    lines[tuple(path)] = 0
+    section = _section_at(content, path[:-1], lines)
+    if section is None:
+        rule = f"{_dotted(path[:-1])} has a value, not keys; set that value as a whole"
+        problems.append(Problem("--set", 0, key, rule))
+        return
+    if len(parsed) > 1:
+        problems.append(Problem("--set", 0, key, f"({_shown(value)}) must be one value; repeat --set for each key"))
+        return
+    section[path[-1]] = parsed["value"]
+    for stale in [known for known in lines if known[: len(path)] == path]:
+        del lines[stale]
+    lines[path] = 0
+
+
+def _section_at(content: dict[str, Any], path: tuple[str, ...], lines: dict[Location, int]) -> dict[str, Any] | None:
+    """The mapping at `path`, made where nothing is yet; None where the path meets a value."""
+    section = content
+    for depth, part in enumerate(path, 1):
+        if section.get(part) is None:
+            section[part] = {}
+            lines[path[:depth]] = 0
+        section = section[part]
+        if not isinstance(section, dict):
+            return None
+    return section
 
 
 def _expand_environment(
@@ -200,7 +252,7 @@ def _expand_environment(
     lines: Mapping[Location, int],
     problems: list[Problem],
 ) -> Any:  # noqa: ANN401
-    """Replace ${NAME} in root and paths, in place; anywhere else it is a problem."""
+    """Replace ${NAME} in root and paths, in place; anywhere else it is a problem, as are passwords in URLs."""
     match value:
         case dict():
             for key in value:
@@ -208,32 +260,52 @@ def _expand_environment(
         case list():
             for position, item in enumerate(value):
                 value[position] = _expand_environment(item, (*where, position), file, lines, problems)
-        case str() if "${" in value:
+        case str():
             try:
                 return _expand(value, where)
             except ValueError as error:
-                problems.append(Problem(file, _line(where, lines), _dotted(where), str(error)))
+                problems.append(Problem(*_place(where, file, lines), _dotted(where), str(error)))
     return value
 
 
 def _expand(value: str, where: Location) -> str:
-    if tuple(part for part in where if isinstance(part, str)) not in ENVIRONMENT_PATHS:
+    if "${" in value and tuple(part for part in where if isinstance(part, str)) not in ENVIRONMENT_PATHS:
         allowed = ", ".join(_dotted(path) for path in ENVIRONMENT_PATHS)
-        raise ValueError(f"({value}) environment variables are only allowed in {allowed}")
+        raise ValueError(f"({_shown(value)}) environment variables are only allowed in {allowed}")
+    if "${" in VARIABLE.sub("", value):
+        raise ValueError(f"({_shown(value)}) a variable must read ${{NAME}}, a name of letters, digits and _")
     missing = [name for name in VARIABLE.findall(value) if name not in os.environ]
     if missing:
-        raise ValueError(f"({value}) environment variable {missing[0]} is not set; export it")
-    return VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
+        raise ValueError(f"({_shown(value)}) environment variable {missing[0]} is not set; export it")
+    expanded = VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
+    if CREDENTIALS.search(expanded):
+        raise ValueError(
+            f"({_shown(expanded)}) a URL must not hold a user or password, which would be recorded with the run; "
+            "for S3, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return expanded
 
 
-def _problem(detail: dict[str, Any], content: dict[str, Any], file: str, lines: Mapping[Location, int]) -> Problem:
-    where = _written_location(detail, content)
-    source = "--set" if lines.get(where) == 0 else file
-    return Problem(source, _line(where, lines), _dotted(where), _message(detail, where, content))
+def _invalid(
+    error: ValidationError, content: dict[str, Any], file: str, lines: Mapping[Location, int]
+) -> list[Problem]:
+    """One problem for each place: where a value may have several forms, pydantic says for each form why it is not that."""
+    messages: dict[Location, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        where = _written_location(dict(detail), content)
+        messages.setdefault(where, []).append(_message(dict(detail), where, content))
+    problems = []
+    for where, found in messages.items():
+        if any(other[: len(where)] == where for other in messages if other != where):
+            continue  # another form came further, and says what is wrong inside
+        message = " or ".join([found[0], *(rule.partition(") must ")[2] for rule in found[1:])])
+        source, line = _place(_subject(where, message, lines), file, lines)
+        problems.append(Problem(source, line, _dotted(where), message))
+    return problems
 
 
 def _message(detail: dict[str, Any], where: Location, content: dict[str, Any]) -> str:
-    got = _value_at(content, where)
+    got = _shown(_value_at(content, where))
     match detail["type"]:
         case "extra_forbidden":
             known = _keys_at(where[:-1], content)
@@ -246,22 +318,47 @@ def _message(detail: dict[str, Any], where: Location, content: dict[str, Any]) -
             return str(detail["ctx"]["error"])
         case "union_tag_not_found":
             return f"needs a type: one of {', '.join(DOCUMENT_VARIANTS)}"
+        case "union_tag_invalid":
+            near = difflib.get_close_matches(str(_value_at(content, where)), DOCUMENT_VARIANTS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return f"({got}) must be one of {', '.join(DOCUMENT_VARIANTS)}{hint}"
+        case "tuple_type":
+            return f"({got}) must be a list"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return f"({got}) must be a mapping of keys to values"
         case _:
             rule = str(detail["msg"]).removeprefix("Input ").replace("should", "must")
-            return f"({got!r}) {rule}"
+            return f"({got}) {rule}"
+
+
+def _shown(value: object) -> str:
+    """A value as messages show it: of limited length, without passwords in URLs and signatures of URLs."""
+    text = SIGNATURE.sub("***", CREDENTIALS.sub("***", repr(value)))
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _written_location(detail: dict[str, Any], content: dict[str, Any]) -> Location:
     """The location as the file's author wrote it: without the names of union members that pydantic adds."""
+    given = detail["loc"]
+    if given[:1] == ("documents",):
+        given = (given[0], *given[2:])  # the second is the variant's tag
     where: list[str | int] = []
     value: Any = content
-    for part in detail["loc"]:
+    for part in given:
         if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):
             where.append(part)
             value = value[part]
     if detail["type"] == "missing":
-        where.append(detail["loc"][-1])
+        where.append(given[-1])
+    if detail["type"] == "union_tag_invalid":
+        where.append("type")
     return tuple(where)
+
+
+def _subject(where: Location, message: str, lines: Mapping[Location, int]) -> Location:
+    """The key that a rule about a whole section begins with (`overlap (9) must ...`), if that key is in the file."""
+    subject = (*where, *message.partition(" ")[0].split("."))
+    return subject if subject in lines else where
 
 
 def _keys_at(where: Location, content: dict[str, Any]) -> list[str]:
@@ -293,11 +390,11 @@ def _value_at(content: Any, where: Location) -> Any:  # noqa: ANN401
     return content
 
 
-def _line(where: Location, lines: Mapping[Location, int]) -> int:
-    """The line of a key, or of the nearest section that is written in the file."""
+def _place(where: Location, file: str, lines: Mapping[Location, int]) -> tuple[str, int]:
+    """The file and line of a key, or of the nearest section above that is written; `--set` for what an override set."""
     while where and where not in lines:
         where = where[:-1]
-    return lines.get(where, 0)
+    return ("--set", 0) if lines.get(where) == 0 else (file, lines.get(where, 0))
 
 
 def _dotted(where: Location) -> str:

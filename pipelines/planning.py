@@ -1,4 +1,5 @@
-"""What a run would do: each stage's identity, what of it is done, what is to do, and why. Reads names and records only."""
+"""What a run would do: each stage's identity, what of it is done, what is to do, and why. Reads names and records
+only."""
 
 import hashlib
 import json
@@ -170,10 +171,22 @@ class Chain:
     evaluation_fingerprint: str
     version: str
 
+    def stages(self, resolved: Resolved) -> dict[str, str]:
+        """Fingerprints of all stages, by name."""
+        return {
+            PASSAGES: resolved.stage_fingerprint(PASSAGES),
+            SELECTION: resolved.selection_fingerprint,
+            EMBEDDINGS: self.embeddings_fingerprint,
+            TRAINING: self.training_fingerprint,
+            SHARDS: self.shards_fingerprint,
+            EVALUATION: self.evaluation_fingerprint,
+        }
+
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: what is done and what is to do, in fragments; rows and bytes to read; None where it is not known yet."""
+    """One stage: what is done and what is to do, in fragments; rows and bytes to read; None where it is not known
+    yet."""
 
     name: str
     fingerprint: str | None
@@ -319,6 +332,9 @@ def make_chain(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Chain:
     evaluation = fingerprint(
         stage=EVALUATION, shards=shards, **resolved.parameters[EVALUATION], inputs=_evaluation_inputs(resolved)
     )
+    # The gate is part of a version, so that what its manifest says of it stays true; shards are copied, not built again.
+    gate = resolved.pipeline.gate.model_dump(mode="json") if resolved.pipeline.gate else None
+    version = fingerprint(evaluation=evaluation, gate=gate)[:VERSION_HEX_DIGITS]
     return Chain(
         tuple(facts),
         embeddings_fingerprint,
@@ -328,7 +344,7 @@ def make_chain(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Chain:
         training,
         shards,
         evaluation,
-        evaluation[:VERSION_HEX_DIGITS],
+        version,
     )
 
 
@@ -373,7 +389,8 @@ def finished_shards(store: Store, fingerprint_: str, shards: int) -> dict[int, S
 def alias_moves(pipeline: PipelineFile, catalog: Catalog, version: str) -> tuple[bool, str]:
     """Whether publishing the version would move the alias, and a note when it deliberately would not.
 
-    A version that people moved an alias away from, by rollback or promote, is not put back by a run that made nothing new.
+    A version that people moved an alias away from, by rollback or promote, is not put back by a run that made nothing
+    new.
     """
     name = pipeline.publish.alias
     if name is None:
@@ -421,12 +438,13 @@ def _check_model(pipeline: PipelineFile, card: ModelCard, origin: Origin) -> lis
     tokens = pipeline.passages.tokens
     if room is not None and tokens and tokens > room:
         return [
-            f"passages.tokens ({tokens}) exceeds the {room} tokens that {card.reference} takes beside its special tokens and "
-            f"prompt; longer passages will be truncated, and counted: set it to {room} or less"
+            f"passages.tokens ({tokens}) exceeds the {room} tokens that {card.reference} takes beside its special "
+            f"tokens and prompt; longer passages will be truncated, and counted: set it to {room} or less"
         ]
     if room is not None and pipeline.passages.type == "whole":
         return [
-            f"passages.type whole: documents beyond the {room} tokens that the model takes will be truncated, and counted"
+            f"passages.type whole: documents beyond the {room} tokens that the model takes will be truncated, "
+            "and counted"
         ]
     return []
 
@@ -573,5 +591,8 @@ def check_trainable(resolved: Resolved, chain: Chain, origin: Origin) -> None:
     """Refuse an index that the corpus is too small to train."""
     needed = fewest_training_rows(chain.spec)
     if chain.rows < max(1, needed):
-        rule = f"({chain.spec.factory}) needs at least {max(1, needed)} passages, got {chain.rows}; choose family flat, or smaller nlist"
+        rule = (
+            f"({chain.spec.factory}) needs at least {max(1, needed)} passages to train, got {chain.rows}; "
+            "choose family flat or hnsw with codec none or sq8, or a smaller nlist"
+        )
         raise PipelineFileInvalid([origin.problem("index", rule)])

@@ -1,4 +1,5 @@
-"""What a run shows while it works: bars on a terminal, a line per stage elsewhere, events as JSON lines for machines."""
+"""What a run shows while it works: bars on a terminal, a line per stage elsewhere, events as JSON lines for
+machines."""
 
 import json
 import sys

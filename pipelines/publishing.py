@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import AliasEntry, Catalog
 from penstock.cluster.jobs.shards import FileRecord, ShardRecord
-from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, TRAINING
+from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.storage import AlreadyExists, Store
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
@@ -58,17 +58,7 @@ def make_manifest(
         "gate": [check.to_json() for check in checks],
         "sharding": {"rule": "hash", "shards": len(shards)},
         "shards": [_shard(shard) for shard in shards],
-        "lineage": vars(lineage)
-        | {
-            "stages": {
-                PASSAGES: resolved.stage_fingerprint(PASSAGES),
-                SELECTION: resolved.selection_fingerprint,
-                EMBEDDINGS: chain.embeddings_fingerprint,
-                TRAINING: chain.training_fingerprint,
-                SHARDS: chain.shards_fingerprint,
-                EVALUATION: chain.evaluation_fingerprint,
-            }
-        },
+        "lineage": vars(lineage) | {"stages": chain.stages(resolved)},
     }
 
 

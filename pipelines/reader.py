@@ -32,7 +32,8 @@ class Found:
     Attributes:
         ids: object (q, k) of str, None where there are fewer than k rows.
         similarities: float32 (q, k), NaN there.
-        rows: for each query a table of the found rows (id, similarity, document_id, start, end, text, kept columns), if asked for.
+        rows: for each query a table of the found rows (id, similarity, document_id, start, end, text, kept columns),
+        if asked for.
     """
 
     ids: np.ndarray
@@ -80,7 +81,8 @@ class OpenIndex:
         """The k most similar passages of each query, over all shards.
 
         Args:
-            queries: texts, encoded with the model and query prompt that the manifest names; or vectors (q, d) of that model.
+            queries: texts, encoded with the model and query prompt that the manifest names; or vectors (q, d) of that
+            model.
             k: passages per query.
             parameters: search parameters instead of the default operating point.
             rows: also return the rows that were found.

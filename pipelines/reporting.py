@@ -109,7 +109,8 @@ def _figures(report: Report) -> RenderableType:
         ("encoded / reused", f"{embeddings.encoded:,} / {report.entries[2].rows_in - embeddings.encoded:,}"),
         (
             "index",
-            f"{report.manifest['faiss']['factory']}, {len(report.manifest['shards'])} shards, {report.index_bytes:,} bytes",
+            f"{report.manifest['faiss']['factory']}, {len(report.manifest['shards'])} shards, "
+            f"{report.index_bytes:,} bytes",
         ),
         ("index bytes per vector", f"{report.manifest['bytes_per_vector']:,.1f}"),
         (

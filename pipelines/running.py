@@ -32,7 +32,16 @@ from penstock.cluster.jobs.selection import (
 )
 from penstock.cluster.jobs.shards import FragmentPair, ShardJob, ShardRecord, ShardTask, build_shard
 from penstock.cluster.jobs.training import TrainingTask, train, trained_path
-from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, TRAINING, dead_letter_path
+from penstock.cluster.layout import (
+    EMBEDDINGS,
+    EVALUATION,
+    PASSAGES,
+    SELECTION,
+    SHARDS,
+    TRAINING,
+    dead_letter_path,
+    stage_record_path,
+)
 from penstock.cluster.leases import Lease, acquire
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
@@ -170,10 +179,13 @@ class Run:
         alias = self.resolved.pipeline.publish.alias
         present = self._catalog.alias(alias) if alias else None
         head = present.number if present else 0
+        self._write_stage_record(PASSAGES, self.resolved.stage_fingerprint(PASSAGES))
         self._passages()
         facts = self._selection()
         chain = make_chain(self.resolved, facts)
         check_trainable(self.resolved, chain, self._origin)
+        for stage, stage_fingerprint in chain.stages(self.resolved).items():
+            self._write_stage_record(stage, stage_fingerprint)
         receipts = self._embeddings(chain)
         self._training(chain)
         shards = self._shards(chain, sum(receipt.rows_out for receipt in receipts))
@@ -181,6 +193,13 @@ class Run:
         self._dead_letters(chain, receipts)
         check_sums(self._entries)
         return self._publish(lease, head, chain, shards, evaluation)
+
+    def _write_stage_record(self, stage: str, stage_fingerprint: str) -> None:
+        """Say beside a stage's outputs what made them."""
+        path = stage_record_path(stage, stage_fingerprint)
+        if self._store.info(path) is None:
+            record = {"stage": stage, "fingerprint": stage_fingerprint, "parameters": self.resolved.parameters[stage]}
+            write_json(self._store, path, record)
 
     def _passages(self) -> None:
         resolved, started = self.resolved, time.monotonic()
@@ -279,8 +298,8 @@ class Run:
             repeated += found.repeated_ids
         if examples:
             raise DuplicateDocumentIds(
-                f"documents.id: ids must be unique, {repeated} are not: {'; '.join(examples[:5])}. Set documents.duplicate_ids to "
-                "first or last to keep one of them, or name another id column"
+                f"documents.id: ids must be unique, {repeated} are not: {'; '.join(examples[:5])}. "
+                "Set documents.duplicate_ids to first or last to keep one of them, or name another id column"
             )
         return frozenset(losing)
 
@@ -382,8 +401,9 @@ class Run:
         wanted = workers.count or max(fit, 1)
         if wanted > fit and not os.environ.get("RAY_ADDRESS"):
             rule = (
-                f"({wanted} workers of {workers.cpus} CPUs and {workers.gpus:g} GPUs) must fit on this machine, which has "
-                f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower them, or set RAY_ADDRESS to a cluster"
+                f"({wanted} workers of {workers.cpus} CPUs and {workers.gpus:g} GPUs) must fit on this machine, "
+                f"which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower them, "
+                "or set RAY_ADDRESS to a cluster"
             )
             raise PipelineFileInvalid([self._origin.problem("embedding.workers", rule)])
         return Pool(min(wanted, tasks), workers.cpus * ACTOR_CPU_SHARE, workers.gpus)
@@ -428,7 +448,11 @@ class Run:
 
     def _shard_job(self, chain: Chain) -> ShardJob:
         resolved = self.resolved
-        pairs = sorted(chain.embeddings.items(), key=lambda pair: pair[1])
+        pairs = [
+            FragmentPair(fact.passages, chain.embeddings[fact.passages], fact.kept < fact.passages_in)
+            for fact in chain.facts
+            if fact.kept
+        ]
         return ShardJob(
             root=self._store.url,
             fingerprint=chain.shards_fingerprint,
@@ -437,7 +461,7 @@ class Run:
             selection_fingerprint=resolved.selection_fingerprint,
             embeddings_fingerprint=chain.embeddings_fingerprint,
             training_fingerprint=chain.training_fingerprint,
-            fragments=tuple(FragmentPair(passages, embeddings) for passages, embeddings in pairs),
+            fragments=tuple(sorted(pairs, key=lambda pair: pair.embeddings)),
             shards=resolved.pipeline.index.shards,
             spec=chain.spec,
             rerank=resolved.pipeline.index.rerank,

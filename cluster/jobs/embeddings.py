@@ -1,6 +1,7 @@
 """Passages → embeddings: read, take the vectors that are known, encode the rest on a pool of workers, write.
 
-A vector's identity is (encoder, hash of the passage text). Whatever an earlier fragment of the same encoder holds is taken from
+A vector's identity is (encoder, hash of the passage text). Whatever an earlier fragment of the same encoder holds is
+taken from
 there by a join on that hash; only texts that nobody encoded before reach the model, each once per fragment.
 """
 
@@ -119,16 +120,17 @@ def find_known(task: KnownTask) -> tuple[str, int]:
 
 def load_passages(job: EmbeddingJob, task: EmbeddingTask) -> pa.Table:
     """The passages of a fragment that stay, with the vectors that are known; what travels to an encoder."""
-    started = time.perf_counter()
     store = connect(job.root)
-    table = read_fragment(store, fragment_path(PASSAGES, job.passages_fingerprint, task.passages), PASSAGE_COLUMNS)
+    path = fragment_path(PASSAGES, job.passages_fingerprint, task.passages)
+    info = store.info(path)
+    table = read_fragment(store, path, PASSAGE_COLUMNS)
     if task.has_exclusions:
         table = kept_rows(store, table, job.selection_fingerprint, task.passages)
     table = table.combine_chunks().append_column("vector", _known_vectors(store, job, task.passages, table))
     constants = {
         "output": pa.array([task.output] * table.num_rows),
         "ids_digest": pa.array([ids_digest(table)] * table.num_rows),
-        "read_s": pa.array([time.perf_counter() - started] * table.num_rows),
+        "bytes_read": pa.array([info.size_bytes if info else 0] * table.num_rows),
     }
     for name, column in constants.items():
         table = table.append_column(name, column)
@@ -140,11 +142,11 @@ def encode_passages(job: EmbeddingJob, worker: EncoderWorker, table: pa.Table) -
     started = time.perf_counter()
     missing = np.flatnonzero(pc.is_null(table.column("vector")).to_numpy(zero_copy_only=False))
     hashes = np.array(table.column("text_hash").take(pa.array(missing)).to_pylist(), dtype=object)
-    _, first, back = np.unique(hashes, return_index=True, return_inverse=True) if len(missing) else ([], [], [])
-    unique_rows = missing[first] if len(missing) else missing
+    _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
+    unique_rows = missing[first]
     encoded = worker.encode(table.column("text").take(pa.array(unique_rows)).to_pylist())
     stored = np.dtype(job.store_format)
-    vectors = _filled(table, job, missing, encoded.vectors, np.asarray(back, dtype=np.int64))
+    vectors = _filled(table, job, missing, encoded.vectors, back)
     faults = {int(missing[i]): reason for i, reason in _faults_by_row(encoded.vectors, back, stored).items()}
     additions = {
         "vector": vector_column(vectors),
@@ -162,7 +164,6 @@ def encode_passages(job: EmbeddingJob, worker: EncoderWorker, table: pa.Table) -
 
 def store_embeddings(job: EmbeddingJob, table: pa.Table) -> Work:
     """Prove that the rows are those that were read, split off faulty ones and write the fragment."""
-    started = time.perf_counter()
     output = table.column("output")[0].as_py()
     if ids_digest(table) != table.column("ids_digest")[0].as_py():
         raise RowsLost(
@@ -197,7 +198,7 @@ def store_embeddings(job: EmbeddingJob, table: pa.Table) -> Work:
         encoded=_total(table, "encoded"),
         reused=table.num_rows - _total(table, "encoded"),
         busy_s=table.column("encode_s")[0].as_py(),
-        bytes_read=0,
+        bytes_read=table.column("bytes_read")[0].as_py(),
         bytes_written=written,
     )
 
@@ -233,13 +234,13 @@ def embed_fragments(session: Session, job: EmbeddingJob, tasks: list[EmbeddingTa
         return options | ({"num_gpus": pool.gpus} if pool.gpus else {})
 
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-    data = ray.data.from_arrow([pa.Table.from_pylist([vars(task)]) for task in tasks])
+    data: ray.data.Dataset = ray.data.from_arrow([pa.Table.from_pylist([vars(task)]) for task in tasks])
     data = data.map_batches(read, num_cpus=IO_CPUS, concurrency=2 * pool.count, **whole)
     data = data.map_batches(EncodeFragments, fn_constructor_args=(job,), **encode_options(), **whole)
     data = data.map_batches(write, num_cpus=IO_CPUS, concurrency=2 * pool.count, **whole)
     try:
         for batch in data.iter_batches(prefetch_batches=0, **whole):
-            for fields in batch.to_pylist():
+            for fields in pa.table(batch).to_pylist():
                 yield Work(**{**fields, "receipt": Receipt.from_json(fields["receipt"])})
     except (ray.exceptions.RayError, RuntimeError) as error:
         reraise(error)
@@ -268,7 +269,8 @@ def _donor_hashes(store: Store, task: KnownTask) -> tuple[np.ndarray, np.ndarray
 def _matches(
     task: KnownTask, fragment: str, column: pa.ChunkedArray, hashes: np.ndarray, owners: np.ndarray, rows: np.ndarray
 ) -> pa.Table:
-    """Rows of KNOWN_SCHEMA for one fragment. The join is on 64 bits; the reader compares all 128 before it takes a vector."""
+    """Rows of KNOWN_SCHEMA for one fragment. The join is on 64 bits; the reader compares all 128 before it takes a
+    vector."""
     values = hash_prefix(column)
     inside = np.flatnonzero(bucket_of(values, task.buckets) == task.bucket)
     places = np.searchsorted(hashes, values[inside])

@@ -30,7 +30,8 @@ class QueriesInvalid(Exception):
 
 @dataclass(frozen=True)
 class Queries:
-    """Query vectors float32 (q, d). `ids` are the queries' own; `exclude` the passages that they are, if they are passages."""
+    """Query vectors float32 (q, d). `ids` are the queries' own; `exclude` the passages that they are, if they are
+    passages."""
 
     ids: tuple[str, ...]
     vectors: np.ndarray
@@ -142,7 +143,8 @@ def measure_shard(task: MeasureTask) -> Measured:
 
 
 def read_relevance(store_url: str, path: str) -> dict[str, dict[str, float]]:
-    """Judgements of a BEIR TSV (query-id, corpus-id, score; a header is skipped): query id → document id → relevance."""
+    """Judgements of a BEIR TSV (query-id, corpus-id, score; a header is skipped): query id → document id →
+    relevance."""
     judged: dict[str, dict[str, float]] = {}
     lines = connect(store_url).read(path).decode("utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -153,7 +155,8 @@ def read_relevance(store_url: str, path: str) -> dict[str, dict[str, float]]:
             query, document, relevance = fields[0], fields[-2], float(fields[-1])
         except (IndexError, ValueError) as error:
             raise QueriesInvalid(
-                f"evaluate.relevance ({path}, line {number}) must hold query-id, corpus-id and a number between tabs, got {line[:80]!r}"
+                f"evaluate.relevance ({path}, line {number}) must hold query-id, corpus-id and a number "
+                f"between tabs, got {line[:80]!r}"
             ) from error
         judged.setdefault(query, {})[document] = relevance
     return judged
@@ -186,7 +189,8 @@ def _parsed(path: str, number: int, line: str) -> dict[str, str]:
         query = None
     if not isinstance(query, dict) or not isinstance(query.get("text"), str) or not query["text"].strip():
         raise QueriesInvalid(
-            f'evaluate.queries ({path}, line {number}) must be a JSON object with a text, as {{"id": "1", "text": "..."}}'
+            f"evaluate.queries ({path}, line {number}) must be a JSON object with a text, "
+            'as {"id": "1", "text": "..."}'
         )
     return query
 

@@ -89,7 +89,8 @@ def _read_part(reader: DocumentReader, part: FilePart) -> Documents:
     info = store.info(part.path)
     if info is None or source_state(info.etag, info.size_bytes, info.modified.timestamp()) != part.state:
         raise SourceChanged(
-            f"source file ({part.part.path}) must stay as it is while a run reads it; it was changed or removed; run again"
+            f"source file ({part.part.path}) must stay as it is while a run reads it; it was changed or removed; "
+            "run again"
         )
     try:
         with store.open(part.path) as stream:

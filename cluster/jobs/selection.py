@@ -1,6 +1,7 @@
 """Which passages stay: one document per id, one passage per normalised text, decided over the whole corpus.
 
-Both are joins on a hash. A task takes one bucket of the hash space over all fragments: first the hashes alone (8 bytes a row), then the rows
+Both are joins on a hash. A task takes one bucket of the hash space over all fragments: first the hashes alone (8
+bytes a row), then the rows
 of those that repeat. The outcome is the list of exclusions, usually short, sorted by fragment.
 """
 
@@ -151,9 +152,7 @@ def resolve_passages(task: tuple[BucketTask, frozenset[str]]) -> dict[str, Exclu
     if job.deduplicate:
         columns = ["passage_id", "row_hash", "document_id", "ordinal", "source", "position", "tokens", "normal_hash"]
         candidates = _repeating(bucket, "normal_hash", columns)
-        lost = losers.column("passage_id").combine_chunks()
-        candidates = candidates.filter(pc.invert(pc.is_in(candidates.column("passage_id"), lost)))
-        duplicates = represented(candidates, "normal_hash")
+        duplicates = represented(_without(candidates, losers), "normal_hash")
         reason = pa.array([DUPLICATE_TEXT] * duplicates.num_rows, pa.string())
         tables.append(duplicates.append_column("reason", reason).select(EXCLUSION_SCHEMA.names).cast(EXCLUSION_SCHEMA))
     exclusions = pa.concat_tables(tables).sort_by([("fragment", "ascending"), ("row_hash", "ascending")])
@@ -180,13 +179,26 @@ def excluded_of(store: Store, fingerprint: str, fragment: str) -> pa.Table:
 
 
 def kept_rows(store: Store, table: pa.Table, selection: str, fragment: str) -> pa.Table:
-    """The passages of a fragment's `table` that stay."""
-    excluded = excluded_of(store, selection, fragment).column("passage_id").combine_chunks()
-    return table.filter(pc.invert(pc.is_in(table.column("passage_id"), excluded)))
+    """The passages of a fragment's `table` (with passage_id, source, position) that stay, in their order."""
+    return _without(table, excluded_of(store, selection, fragment))
+
+
+def _without(table: pa.Table, excluded: pa.Table) -> pa.Table:
+    """The rows of `table` that `excluded` does not name. Documents that share an id share passage ids too: only source and
+    position tell their passages apart."""
+    suspects = pc.is_in(table.column("passage_id"), excluded.column("passage_id").combine_chunks())
+    stays = ~suspects.to_numpy(zero_copy_only=False)
+    names = ["passage_id", "source", "position"]
+    excluded_rows = {tuple(row.values()) for row in excluded.select(names).to_pylist()}
+    places = np.flatnonzero(~stays)
+    rows = table.select(names).take(pa.array(places)).to_pylist()
+    stays[places] = [tuple(row.values()) not in excluded_rows for row in rows]
+    return table.filter(pa.array(stays))
 
 
 def _repeating(task: BucketTask, key: str, columns: list[str], first_passages: bool = False) -> pa.Table:
-    """Rows of this bucket whose key occurs more than once in the corpus, with their fragment: two passes over the fragments."""
+    """Rows of this bucket whose key occurs more than once in the corpus, with their fragment: two passes over the
+    fragments."""
     job, store = task.job, connect(task.job.root)
     hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
     for number, (_, values) in enumerate(_keys(store, task, key, first_passages)):
@@ -219,7 +231,8 @@ def _keys(store: Store, task: BucketTask, key: str, first_passages: bool) -> Ite
 
 def _key_values(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_uint64(column.type):
-        return column.to_numpy()
+        values: np.ndarray = column.to_numpy()
+        return values
     return hash_prefix(column)
 
 

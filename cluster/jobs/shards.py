@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from penstock.cluster.fragments import read_hash_range, vectors_of
-from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files
+from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files, kept_rows
 from penstock.cluster.jobs.training import trained_path
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, SHARDS, fragment_path, shard_file, stage_folder
 from penstock.cluster.node import connect
@@ -59,10 +59,11 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class FragmentPair:
-    """An embeddings fragment and the passages fragment it was made of."""
+    """An embeddings fragment, the passages fragment it was made of, and whether any of its passages are excluded."""
 
     passages: str
     embeddings: str
+    has_exclusions: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> int:
     """The faiss file, ids, rows and (for re-ranking) vectors, row i of each being the same passage."""
     job = task.job
     builder = ShardBuilder(store.read(trained_path(job.training_fingerprint)), threads=1)
-    vectors = _vector_writer(job, folder / shard_file(task.shard, VECTORS)) if job.rerank else None
+    vectors = VectorWriter(folder / shard_file(task.shard, VECTORS), job.spec.dimension, np.float16) if job.rerank else None
     ids_writer: pa.ipc.RecordBatchFileWriter | None = None
     rows_writer: pa.ipc.RecordBatchFileWriter | None = None
     for embedded, passages in _slices(task, store):
@@ -126,7 +127,7 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> int:
         ids_writer = ids_writer or _ipc_writer(folder / shard_file(task.shard, IDS), ids.schema)
         rows_writer = rows_writer or _ipc_writer(folder / shard_file(task.shard, ROWS), rows.schema)
         ids_writer.write_table(ids)
-        rows_writer.write_table(rows.cast(rows_writer_schema(rows)))
+        rows_writer.write_table(rows)
     for writer in (ids_writer, rows_writer, vectors):
         if writer is not None:
             writer.close()
@@ -134,12 +135,9 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> int:
     return builder.ntotal
 
 
-def rows_writer_schema(rows: pa.Table) -> pa.Schema:
-    return rows.schema.remove_metadata()
-
-
 def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """For each fragment, its rows of this shard: (embeddings, passages), aligned. An empty shard yields one empty pair."""
+    """For each fragment, its rows of this shard: (embeddings, passages), aligned. An empty shard yields one empty
+    pair."""
     job = task.job
     first, last = shard_range(task.shard, job.shards)
     empty: tuple[pa.Table, pa.Table] | None = None
@@ -147,7 +145,7 @@ def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]
     for pair in job.fragments:
         path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, pair.embeddings)
         embedded = read_hash_range(store, path, first, last, ["passage_id", "embedding"]).replace_schema_metadata()
-        passages = _passages(store, job, pair.passages, first, last)
+        passages = _passages(store, job, pair, first, last)
         if embedded.num_rows:
             found = True
             yield embedded.combine_chunks(), _aligned(passages, embedded)
@@ -157,11 +155,13 @@ def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]
         yield empty
 
 
-def _passages(store: Store, job: ShardJob, fragment: str, first: int, last: int) -> pa.Table:
-    path = fragment_path(PASSAGES, job.passages_fingerprint, fragment)
+def _passages(store: Store, job: ShardJob, pair: FragmentPair, first: int, last: int) -> pa.Table:
+    """The passages of a fragment in the shard's range that stay, with all their columns."""
+    path = fragment_path(PASSAGES, job.passages_fingerprint, pair.passages)
     with store.open(path) as stream:
         columns = pa.parquet.read_schema(stream).names
-    return read_hash_range(store, path, first, last, columns).replace_schema_metadata()
+    table = read_hash_range(store, path, first, last, columns).replace_schema_metadata()
+    return kept_rows(store, table, job.selection_fingerprint, pair.passages) if pair.has_exclusions else table
 
 
 def _aligned(passages: pa.Table, embedded: pa.Table) -> pa.Table:
@@ -197,10 +197,6 @@ def _links(exclusions: pa.Table, shard: int, shards: int) -> pa.Table:
         .select(["passage_id", "document_id", "represented_by"])
         .rename_columns(["id", "document_id", "represented_by"])
     )
-
-
-def _vector_writer(job: ShardJob, path: Path) -> VectorWriter:
-    return VectorWriter(path, job.spec.dimension, np.float16)
 
 
 def _ipc_writer(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileWriter:

@@ -38,7 +38,8 @@ def train(task: TrainingTask) -> int:
 def sample_vectors(
     root: str, fingerprint: str, fragments: tuple[str, ...], rows: int, wanted: int, seed: int
 ) -> np.ndarray:
-    """About `wanted` of `rows` stored vectors as float32 (n, d): a contiguous, seeded range of the hash space, so that the
+    """About `wanted` of `rows` stored vectors as float32 (n, d): a contiguous, seeded range of the hash space, so
+    that the
     sample is uniform, bounded and the same for any cut into fragments, and little else is read."""
     store = connect(root)
     parts: list[np.ndarray] = []
