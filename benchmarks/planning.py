@@ -211,7 +211,7 @@ def run_plan(file: Path) -> tuple[float, float, int, dict[str, Any]]:
 
 
 def resident_peak_bytes(pid: int) -> int:
-    """The largest resident memory that a process ever had; unlike ru_maxrss not that of the process it was forked from."""
+    """The largest resident memory of a process; unlike ru_maxrss without that of the process it was forked from."""
     with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/status") as lines:
         for line in lines:
             if line.startswith("VmHWM:"):

@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +29,6 @@ from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
 from penstock.operators.models import resolve_model
 from penstock.pipelines import Pipeline
 from penstock.pipelines.running import Report
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 K = 10
 ALLOWED_DIFFERENCE = 0.002
@@ -91,7 +87,7 @@ class PlainEncoder:
         from sentence_transformers import SentenceTransformer
 
         torch.set_num_threads(threads)
-        self._model: SentenceTransformer = SentenceTransformer(str(resolve_model(model)), local_files_only=True)
+        self._model = SentenceTransformer(str(resolve_model(model)), local_files_only=True)
         self._known: dict[str, np.ndarray] = {}
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
@@ -134,7 +130,7 @@ def compare(data: Path, root: Path, model: str, passages: str, encoder: PlainEnc
     """Run the pipeline, then the plain script on the passages that it stored."""
     report = Pipeline.parse(pipeline_text(data, root, model, passages)).run()
     if report is None:
-        raise SystemExit(f"root ({root}): a benchmark needs a new one, it holds this version already; name another folder")
+        raise SystemExit(f"root ({root}): must be new, it holds this version already; name another folder")
     documents, texts = stored_passages(root, report)
     evaluation, entries = report.manifest["evaluation"], {entry.stage: entry for entry in report.entries}
     by_pipeline = Measured(
@@ -150,7 +146,8 @@ def compare(data: Path, root: Path, model: str, passages: str, encoder: PlainEnc
 def stored_passages(root: Path, report: Report) -> tuple[list[str], list[str]]:
     """Document ids and texts of all passages of the version, found by its lineage."""
     version = root / "indexes" / report.name / "versions" / report.version
-    fragments = [row["fragment"] for row in pq.read_table(version / "lineage.parquet").to_pylist() if row["stage"] == PASSAGES]
+    lineage = pq.read_table(version / "lineage.parquet").to_pylist()
+    fragments = [row["fragment"] for row in lineage if row["stage"] == PASSAGES]
     fingerprint = report.manifest["lineage"]["stages"][PASSAGES]
     columns = ["document_id", "text"]
     table = pa.concat_tables(
@@ -208,22 +205,21 @@ def discounted(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
-    """Both sides as a Markdown table."""
-    lines = [
-        f"| passages | rows | nDCG@{K} pipeline | plain | difference | MRR@{K} pipeline | plain | difference "
-        "| truncated tokens pipeline | plain | seconds pipeline | plain |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for one in comparisons:
-        ours, theirs = one.pipeline, one.plain
-        cells = [one.passages, f"{one.rows:,}"]
-        cells += [f"{ours.ndcg:.5f}", f"{theirs.ndcg:.5f}", f"{one.ndcg_difference:.5f}"]
-        cells += [f"{ours.mrr:.5f}", f"{theirs.mrr:.5f}", f"{one.mrr_difference:.5f}"]
-        cells += [f"{ours.truncated_tokens:,}", f"{theirs.truncated_tokens:,}"]
-        cells += [f"{ours.seconds:.0f}", f"{theirs.seconds:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+HEADER = f"""| passages | rows | nDCG@{K} pipeline | plain | difference | MRR@{K} pipeline | plain | difference \
+| truncated tokens pipeline | plain | seconds pipeline | plain |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def table_row(one: Comparison) -> str:
+    """Both sides as a line of a Markdown table."""
+    ours, theirs = one.pipeline, one.plain
+    cells = [one.passages, f"{one.rows:,}"]
+    cells += [f"{ours.ndcg:.5f}", f"{theirs.ndcg:.5f}", f"{one.ndcg_difference:.5f}"]
+    cells += [f"{ours.mrr:.5f}", f"{theirs.mrr:.5f}", f"{one.mrr_difference:.5f}"]
+    cells += [f"{ours.truncated_tokens:,}", f"{theirs.truncated_tokens:,}"]
+    cells += [f"{ours.seconds:.0f}", f"{theirs.seconds:.0f}"]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def main() -> None:
@@ -239,8 +235,12 @@ def main() -> None:
         root = arguments.root or Path(temporary)
         encoder = PlainEncoder(arguments.model, arguments.threads)
         data = arguments.data.resolve()
-        comparisons = [compare(data, root, arguments.model, passages, encoder) for passages in arguments.passages]
-    sys.stdout.write(table(comparisons) + "\n")
+        sys.stdout.write(HEADER)
+        comparisons: list[Comparison] = []
+        for passages in arguments.passages:
+            comparisons.append(compare(data, root, arguments.model, passages, encoder))
+            sys.stdout.write(table_row(comparisons[-1]))
+            sys.stdout.flush()
     sys.stdout.write(f"bar: nDCG@{K} differs by at most {ALLOWED_DIFFERENCE}: ")
     sys.stdout.write("met\n" if all(one.within_bar for one in comparisons) else "MISSED\n")
     if arguments.json:

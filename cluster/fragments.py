@@ -1,4 +1,4 @@
-"""Fragments at rest: Parquet with page checksums, one object per fragment, whose existence means that the work is done."""
+"""Fragments at rest: Parquet with page checksums, one object per fragment; that it exists means that work is done."""
 
 import io
 import json
@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from penstock.cluster.storage import Store
 
-# Rows of a row group: about 6 MB of 384-dimensional float16 vectors, so that a shard's slice of a fragment reads little else.
+# Rows of a row group: about 6 MB of 384-dimensional float16 vectors, so that a shard's slice of a fragment reads little
+# else.
 ROW_GROUP_ROWS = 8192
 RECEIPT_KEY = b"penstock.receipt"
 HASH_COLUMN = "row_hash"
@@ -19,7 +20,7 @@ HASH_COLUMN = "row_hash"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of a fragment's rows: rows_in = rows_out + the sum of dropped. A fact of the content, not of the run."""
+    """What became of a fragment's rows: rows_in = rows_out + the sum of dropped. A fact of content, not of the run."""
 
     fragment: str
     rows_in: int
@@ -83,10 +84,10 @@ def read_receipt(store: Store, path: str) -> Receipt:
 
 
 def read_hash_range(store: Store, path: str, first: int, last: int, columns: Sequence[str]) -> pa.Table:
-    """The rows with first <= row_hash <= last of a fragment sorted by row_hash, reading only the row groups that hold them."""
+    """The rows with first <= row_hash <= last of a fragment sorted by row_hash, reading only their row groups."""
     wanted = [HASH_COLUMN, *(name for name in columns if name != HASH_COLUMN)]
     with open_fragment(store, path) as file:
-        position = file.schema_arrow.get_field_index(HASH_COLUMN)
+        position = file.schema.names.index(HASH_COLUMN)  # among the leaves, which are more than the fields
         groups = [
             group
             for group in range(file.metadata.num_row_groups)
@@ -106,7 +107,8 @@ def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=column.type)
     dimension = array.type.list_size
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
+    flat: np.ndarray = array.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, dimension)
 
 
 def vector_column(vectors: np.ndarray) -> pa.FixedSizeListArray:

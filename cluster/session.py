@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,7 +24,6 @@ LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
@@ -116,14 +116,10 @@ def reraise(error: Exception) -> None:
     """Raise the error that a worker met instead of Ray's wrapping of it."""
     import ray.exceptions
 
-    cause: BaseException | None = error
+    cause: BaseException = error
     while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
         cause = cause.cause
-    while cause is not None and type(cause).__module__.startswith("ray.") and cause.__cause__ is not None:
-        cause = cause.__cause__
-        while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
-            cause = cause.cause
-    if cause is not None and type(cause).__module__.startswith("penstock."):
+    if type(cause).__module__.startswith("penstock."):
         raise cause
     raise WorkFailed(f"a worker failed: {type(cause).__name__}: {cause}") from error
 
@@ -147,6 +143,8 @@ def _quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.target_max_block_size = None  # one fragment stays one block
     context.max_errored_blocks = 0
+    context.raise_original_map_exception = True
+    warnings.filterwarnings("ignore", module=r"ray\.data")  # advice on concurrency, repeated for each stage
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

@@ -1,7 +1,7 @@
 """Exact duplicates: documents with the same id, and passages with the same normalised text.
 
-Both are joins on a hash over the whole corpus. They run bucket by bucket of the hash space, so that memory is bounded by the bucket, and
-decide by content alone: how the corpus is cut into files and fragments never changes what is kept.
+Both are joins on a hash over the whole corpus. They run bucket by bucket of the hash space, so that memory is bounded
+by the bucket, and decide by content alone: how the corpus is cut into files and fragments never changes what is kept.
 """
 
 from enum import StrEnum
@@ -48,28 +48,28 @@ def losing_documents(candidates: pa.Table, policy: DuplicateIds) -> pa.Table:
         raise ValueError("policy must be first or last here: with error, any duplicate id stops the run")
     direction = "ascending" if policy is DuplicateIds.FIRST else "descending"
     ordered = candidates.sort_by([("document_id", "ascending"), ("source", direction), ("position", direction)])
-    return ordered.filter(pa.array(_repeats_previous(ordered, ["document_id"])))
+    keeper = ordered.select(["source", "position"]).take(pa.array(_first_of_group(ordered, "document_id")))
+    same = [pc.equal(ordered.column(name), keeper.column(name)) for name in keeper.column_names]
+    return ordered.filter(pc.invert(pc.and_(*same)))
 
 
 def represented(candidates: pa.Table, key: str) -> pa.Table:
     """Rows of `candidates` that repeat the `key` of another row, with `represented_by` = the id of the row that stays.
 
-    Of the rows with one key, the smallest (document_id, ordinal) stays. `candidates` needs passage_id, document_id, ordinal and key.
+    Of the rows with one key, the smallest (document_id, ordinal) stays. `candidates` needs passage_id, document_id,
+    ordinal and key.
     """
     ordered = candidates.sort_by([(key, "ascending"), ("document_id", "ascending"), ("ordinal", "ascending")])
-    repeats = _repeats_previous(ordered, [key])
-    first_of_group = np.maximum.accumulate(np.where(repeats, 0, np.arange(len(repeats))))
-    keeper = ordered.column("passage_id").take(pa.array(first_of_group))
-    return ordered.append_column("represented_by", keeper).filter(pa.array(repeats))
+    first = _first_of_group(ordered, key)
+    keeper = ordered.column("passage_id").take(pa.array(first))
+    return ordered.append_column("represented_by", keeper).filter(pa.array(first != np.arange(len(first))))
 
 
-def _repeats_previous(ordered: pa.Table, keys: list[str]) -> np.ndarray:
-    """Whether each row has the same keys as the row before it: bool (N,)."""
-    same = np.zeros(ordered.num_rows, dtype=bool)
-    if ordered.num_rows < 2:
-        return same
-    same[1:] = True
-    for key in keys:
-        column = ordered.column(key)
-        same[1:] &= pc.equal(column.slice(1), column.slice(0, len(column) - 1)).to_numpy(zero_copy_only=False)
-    return same
+def _first_of_group(ordered: pa.Table, key: str) -> np.ndarray:
+    """For each row of a table sorted by `key`, the number of the first row with the same key: int64 (N,)."""
+    starts = np.ones(ordered.num_rows, dtype=bool)
+    column = ordered.column(key)
+    if ordered.num_rows > 1:
+        same = pc.equal(column.slice(1), column.slice(0, len(column) - 1))
+        starts[1:] = ~same.to_numpy(zero_copy_only=False)
+    return np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))

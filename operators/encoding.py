@@ -1,7 +1,8 @@
 """Encode passages and queries with a sentence-transformers model.
 
-Batches are formed by a token budget over length-sorted texts, so that little is padded; the order of rows is restored. Vectors are
-the same for any batch size up to float rounding: within 2e-6 per component in float32 on CPU (tests/operators/test_encoding.py).
+Batches are formed by a token budget over length-sorted texts, so that little is padded; the order of rows is restored.
+Vectors are the same for any batch size up to float rounding: within 2e-6 per component in float32 on CPU
+(tests/operators/test_encoding.py).
 """
 
 from __future__ import annotations
@@ -95,18 +96,18 @@ class Encoded:
 
 
 class EncoderWorker:
-    """Loads a model once and encodes texts; one per worker process.
+    """Loads a model once and encodes texts; one per worker process. Without a device, torch's best one is taken.
 
     Raises:
         ModelMismatch: the folder's hashes differ from the descriptor's.
     """
 
-    def __init__(self, encoder: Encoder, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, encoder: Encoder, folder: Path, threads: int | None = None, device: str | None = None) -> None:
         card = read_model_card(encoder.model, folder)
         check_same_model(encoder, card)
         self.encoder = encoder
         self._tokenizer = PassageTokenizer(tokenizer_folder(folder))
-        self._model = _load(encoder, folder, threads)
+        self._model = _load(encoder, folder, threads, device)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode texts; peak memory is one batch of `batch_tokens` tokens plus the vectors (N * d * 4 bytes)."""
@@ -176,25 +177,30 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1 in float32; zero and non-finite rows stay as they are, for `vector_faults` to name."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     usable = np.isfinite(norms) & (norms > 0)
-    return np.divide(vectors, norms, out=vectors.astype(np.float32), where=usable)
+    scaled: np.ndarray = np.divide(vectors, norms, out=vectors.astype(np.float32), where=usable)
+    return scaled
 
 
 def vector_faults(vectors: np.ndarray, stored: np.dtype[np.floating]) -> dict[int, str]:
-    """Row number → reason for vectors (N, d) that must not be stored: not finite, zero, or beyond the stored format."""
+    """Row number → reason for vectors (N, d) that must not be stored: not finite, zero, or beyond the stored format.
+
+    Zero is also what becomes zero in the stored format, or has a length of zero in float32.
+    """
     faults: dict[int, str] = {}
     norms = np.linalg.norm(vectors, axis=1)
-    limit = float(np.finfo(stored).max)
     peaks = np.abs(vectors).max(axis=1, initial=0.0)
+    limit = float(np.finfo(stored).max)
+    least = float(np.finfo(stored).smallest_subnormal) / 2  # and what is below it rounds to zero
     for row in np.flatnonzero(~np.isfinite(norms)):
         faults[int(row)] = NON_FINITE
-    for row in np.flatnonzero(norms == 0):
+    for row in np.flatnonzero((norms == 0) | (peaks <= least)):
         faults[int(row)] = ZERO
     for row in np.flatnonzero(np.isfinite(peaks) & (peaks > limit)):
         faults[int(row)] = OVERFLOW
     return faults
 
 
-def _load(encoder: Encoder, folder: Path, threads: int | None) -> SentenceTransformer:
+def _load(encoder: Encoder, folder: Path, threads: int | None, device: str | None) -> SentenceTransformer:
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
@@ -204,6 +210,7 @@ def _load(encoder: Encoder, folder: Path, threads: int | None) -> SentenceTransf
         torch.set_num_threads(threads)
     model = SentenceTransformer(
         str(folder),
+        device=device,
         trust_remote_code=encoder.trust_remote_code,
         local_files_only=True,
         model_kwargs={"use_safetensors": True},

@@ -18,13 +18,14 @@ TEXT_HASH_TYPE = pa.binary(TEXT_HASH_BYTES)
 
 
 def canonical_json(value: object) -> bytes:
-    """The one UTF-8 JSON text of a value made of str, bool, int, finite float, None, str-keyed mappings and sequences.
+    """The one UTF-8 JSON text of a value made of str, bool, int, finite float, None, lists, tuples and mappings of str.
 
     Raises:
-        TypeError: for anything else, named with its path inside the value.
+        TypeError: for anything else, text that UTF-8 cannot hold included, named with its path inside the value.
     """
-    _refuse_ambiguous(value, "$")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        _plain(value, "$"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def fingerprint(**parts: object) -> str:
@@ -52,20 +53,34 @@ def row_hashes(ids: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 
 
-def _refuse_ambiguous(value: object, where: str) -> None:
+def _plain(value: object, where: str) -> object:
+    """The value in the types that the json module knows."""
     match value:
-        case None | bool() | int() | str():
-            return
+        case None | bool() | int():
+            return value
+        case str():
+            return _encodable(value, where)
         case float():
             if not math.isfinite(value):
                 raise TypeError(f"{where} ({value}) is not a finite number: it has no canonical JSON; leave it out")
+            return value
         case Mapping():
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    raise TypeError(f"{where} has the key {key!r}: keys of an identity are strings")
-                _refuse_ambiguous(item, f"{where}.{key}")
+            return {_key(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
         case list() | tuple():
-            for position, item in enumerate(value):
-                _refuse_ambiguous(item, f"{where}[{position}]")
+            return [_plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
         case _:
             raise TypeError(f"{where} is a {type(value).__name__}: turn it into plain data first")
+
+
+def _key(key: object, where: str) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"{where} has the key {key!r}: keys of an identity are strings")
+    return _encodable(key, where)
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(f"{where} ({text!r}) holds half a surrogate pair: UTF-8 has no such character") from error
+    return text

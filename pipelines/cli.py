@@ -93,10 +93,11 @@ def main() -> None:
     except typer.Exit as leave:
         code = leave.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("stopped; run the same command again to go on from here\n")
         code = EXIT_INTERRUPTED
     except Exception as error:
         code = _explain(error)
+    if code == EXIT_INTERRUPTED:
+        sys.stderr.write("stopped; run the same command again to go on from here\n")
     sys.exit(code or 0)
 
 
@@ -323,8 +324,9 @@ def _show_move(entry: AliasEntry, json_: bool) -> None:
 
 
 def _status_row(record: dict[str, Any]) -> dict[str, Any]:
-    report = record.get("report", {})
-    embeddings: dict[str, Any] = next((stage for stage in report.get("stages", []) if stage["stage"] == "embeddings"), {})
+    report: dict[str, Any] = record.get("report", {})
+    stages = {stage["stage"]: stage for stage in report.get("stages", [])}
+    embeddings: dict[str, Any] = stages.get("embeddings", {})
     return {
         "run": record["run_id"],
         "started": record["started"],
@@ -332,7 +334,7 @@ def _status_row(record: dict[str, Any]) -> dict[str, Any]:
         "documents": report.get("documents"),
         "rows": report.get("rows"),
         "encoded": embeddings.get("encoded"),
-        "reused": embeddings.get("reused"),
+        "reused": embeddings["rows_in"] - embeddings["encoded"] if embeddings else None,
         "seconds": report.get("seconds"),
         "version": record.get("version"),
         "error": record.get("error"),

@@ -35,8 +35,8 @@ class DocumentsBase(Section):
     duplicate_ids: DuplicateIds = Field(
         DuplicateIds.ERROR, description="Documents with the same id: stop, or keep the first or last by path and row."
     )
-    fragment_bytes: Count = Field(
-        33_554_432, ge=1024, description="Target size of a fragment: the unit of work, of retry and of durability."
+    fragment_bytes: Annotated[int, Field(strict=True, ge=1024)] = Field(
+        33_554_432, description="Target size of a fragment: the unit of work, of retry and of durability."
     )
     max_file_bytes: Count = Field(
         1_073_741_824, description="Decoded bytes of one file (of one fragment, where a file can be cut) at most."
@@ -78,8 +78,8 @@ class Passages(Section):
     """How documents are cut."""
 
     type: Literal["tokens", "whole"] = "tokens"
-    tokens: Count | None = Field(
-        None, ge=8, description="Window in the model's tokens; without it, all that the model takes."
+    tokens: Annotated[int, Field(strict=True, ge=8)] | None = Field(
+        None, description="Window in the model's tokens; without it, all that the model takes."
     )
     overlap: Whole | None = Field(
         None, description="Tokens shared with the window before; without it, an eighth of the window."

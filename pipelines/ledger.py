@@ -20,8 +20,8 @@ class LedgerDisagrees(Exception):
 
 @dataclass(frozen=True)
 class StageEntry:
-    """One stage of a run. Rows are documents in the first stage and passages after it, and cover the whole corpus; encoded,
-    reused, seconds and bytes are what this run did."""
+    """One stage of a run. Rows are documents in the first stage and passages after it, and cover the whole corpus;
+    encoded, reused, seconds and bytes are what this run did."""
 
     stage: str
     rows_in: int
@@ -44,7 +44,7 @@ class StageEntry:
 
 
 def check_sums(entries: Sequence[StageEntry]) -> None:
-    """Every stage's rows add up, and each stage took what the one before gave (documents become passages at the second).
+    """Every stage's rows add up, and each took what the one before gave (documents become passages at the second).
 
     Raises:
         LedgerDisagrees: naming stage and figures.

@@ -74,7 +74,7 @@ class Origin:
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineFile, Origin]:
-    """The validated pipeline of the YAML file at `path`, with `key.key=value` overrides applied, and where it was written.
+    """The validated pipeline of the YAML file at `path`, `key.key=value` overrides applied, and where it was written.
 
     Raises:
         PipelineFileInvalid: with every problem found, each with file, line, value, rule and remedy.
@@ -118,7 +118,7 @@ def _read_text(path: Path) -> str:
 def _parse_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[Location, int]]:
     """Plain data and the line of every key, from YAML without aliases, tags or duplicate keys."""
     try:
-        node = _compose(text)
+        node = _compose(text, file)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         reason = f"character U+{error.character:04X} is not allowed ({error.reason})"
@@ -126,6 +126,8 @@ def _parse_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[Location, in
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise PipelineFileInvalid([Problem(file, line, "", f"is not valid YAML: {error.problem}")]) from error
+    except (ValueError, OverflowError) as error:  # an escape beyond the last code point, as "\UFFFFFFFF"
+        raise PipelineFileInvalid([Problem(file, 0, "", f"is not valid YAML: {error}")]) from error
     lines: dict[Location, int] = {}
     problems: list[Problem] = []
     content = _construct(node, (), lines, file, problems) if node else None
@@ -136,18 +138,17 @@ def _parse_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[Location, in
     return content, lines
 
 
-def _compose(text: str) -> Node | None:
+def _compose(text: str, file: str) -> Node | None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"at most {MAX_DEPTH} levels may be nested; write it flatter", problem_mark=event.start_mark
-            )
+            rule = f"nests deeper than {MAX_DEPTH} levels; write it flatter"
+            raise PipelineFileInvalid([Problem(file, line, "", rule)])
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.MarkedYAMLError(
-                problem="anchors and aliases are not allowed; write the value out", problem_mark=event.start_mark
-            )
+            rule = "anchors and aliases are not allowed; write the value out"
+            raise PipelineFileInvalid([Problem(file, line, "", rule)])
     return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
@@ -165,7 +166,9 @@ def _construct(node: Node, where: Location, lines: dict[Location, int], file: st
             return None
 
 
-def _construct_scalar(node: ScalarNode, where: Location, file: str, problems: list[Problem]) -> str | int | float | None:
+def _construct_scalar(
+    node: ScalarNode, where: Location, file: str, problems: list[Problem]
+) -> str | int | float | None:
     """The value of a scalar; dates stay text. What looks like a number and is none (0b_, !!int x) is a problem."""
     kind = node.tag.removeprefix(YAML_TAG)
     if kind == "timestamp":
@@ -289,14 +292,15 @@ def _expand(value: str, where: Location) -> str:
 def _invalid(
     error: ValidationError, content: dict[str, Any], file: str, lines: Mapping[Location, int]
 ) -> list[Problem]:
-    """One problem for each place: where a value may have several forms, pydantic says for each form why it is not that."""
+    """One problem for each place: of a value that may have several forms, pydantic says why it is none of them."""
     messages: dict[Location, list[str]] = {}
     for detail in error.errors(include_url=False):
         where = _written_location(dict(detail), content)
         messages.setdefault(where, []).append(_message(dict(detail), where, content))
     problems = []
+    above = {where[:depth] for where in messages for depth in range(len(where))}
     for where, found in messages.items():
-        if any(other[: len(where)] == where for other in messages if other != where):
+        if where in above:
             continue  # another form came further, and says what is wrong inside
         message = " or ".join([found[0], *(rule.partition(") must ")[2] for rule in found[1:])])
         source, line = _place(_subject(where, message, lines), file, lines)

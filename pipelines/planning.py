@@ -332,7 +332,8 @@ def make_chain(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Chain:
     evaluation = fingerprint(
         stage=EVALUATION, shards=shards, **resolved.parameters[EVALUATION], inputs=_evaluation_inputs(resolved)
     )
-    # The gate is part of a version, so that what its manifest says of it stays true; shards are copied, not built again.
+    # The gate is part of a version, so that what its manifest says of it stays true; shards are copied, not built
+    # again.
     gate = resolved.pipeline.gate.model_dump(mode="json") if resolved.pipeline.gate else None
     version = fingerprint(evaluation=evaluation, gate=gate)[:VERSION_HEX_DIGITS]
     return Chain(

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from penstock.cluster.catalog import AliasEntry, Catalog
+from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
 from penstock.cluster.jobs.shards import FileRecord, ShardRecord
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES
-from penstock.cluster.storage import AlreadyExists, Store
+from penstock.cluster.storage import Store
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import Chain, Resolved
@@ -94,18 +94,19 @@ def place_shards(store: Store, folder: str, shards: Sequence[ShardRecord]) -> li
 
 
 def publish_manifest(catalog: Catalog, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest, or take the one that is there: equal but for the run that wrote it.
+    """Write the manifest, or take the one that is there: it must name the same files.
 
     Raises:
-        AlreadyExists: a manifest of this version names other files.
+        PublishConflict: a manifest of this version names other files.
     """
     version = str(manifest["version"])
-    try:
-        return catalog.publish_manifest(version, manifest)
-    except AlreadyExists as error:
-        if _contents(error.record) != _contents(manifest):
-            raise
-        return error.record
+    stored = catalog.publish_manifest(version, manifest)
+    if _contents(stored) != _contents(manifest):
+        raise PublishConflict(
+            f"version {version} of index {catalog.index} is there already, with other files (run {stored['run_id']}); "
+            "this run's are left out: remove one of the two by `penstock gc`, and run again"
+        )
+    return stored
 
 
 def shards_of(manifest: dict[str, Any], folder: str) -> list[ShardRecord]:

@@ -44,7 +44,7 @@ from penstock.cluster.layout import (
 )
 from penstock.cluster.leases import Lease, acquire
 from penstock.cluster.session import Session
-from penstock.cluster.storage import Store
+from penstock.cluster.storage import StorageUnavailable, Store
 from penstock.operators.deduplication import DuplicateIds
 from penstock.pipelines.config import TabularDocuments
 from penstock.pipelines.evaluating import evaluate
@@ -171,7 +171,10 @@ class Run:
         except Exception as error:
             self._finish(Status.FAILED, {"error": f"{type(error).__name__}: {error}"})
             raise
-        self._finish(report.status, {"version": report.version, "report": report.to_json()})
+        try:
+            self._finish(report.status, {"version": report.version, "report": report.to_json()})
+        except (OSError, StorageUnavailable) as error:  # what was published is published: the exit code says so
+            self._reporter.warn(f"the run's record could not be written: {error}")
         return report
 
     def _stages(self, lease: Lease) -> Report:
@@ -316,7 +319,9 @@ class Run:
             ReceiptsTask(self._store.url, stage, stage_fingerprint, tuple(fragments[i : i + RECEIPTS_PER_TASK]))
             for i in range(0, len(fragments), RECEIPTS_PER_TASK)
         ]
-        receipts = [receipt for group in self._session.stream(read_receipts, tasks) for receipt in group]
+        # A few footers are read sooner here than Ray starts.
+        groups = self._session.stream(read_receipts, tasks) if len(tasks) > 1 else map(read_receipts, tasks)
+        receipts = [receipt for group in groups for receipt in group]
         return sorted(receipts, key=lambda receipt: receipt.fragment)
 
     def _embeddings(self, chain: Chain) -> list[Receipt]:
@@ -357,6 +362,7 @@ class Run:
             encoder=resolved.encoder,
             store_format=resolved.pipeline.embedding.store,
             threads=resolved.pipeline.embedding.workers.cpus,
+            device="cuda" if resolved.pipeline.embedding.workers.gpus else "cpu",
         )
         rows = sum(fact.kept for fact in todo)
         if donors:
@@ -500,8 +506,8 @@ class Run:
         manifest = make_manifest(self.resolved, chain, self.run_id, shards, lineage, evaluation, checks, self._entries)
         lease.check()
         manifest = publish_manifest(self._catalog, manifest)
-        status, entry, notes = self._promote(lease, head, chain.version, checks)
         write_ledger(self._store, self.run_id, self._entries)
+        status, entry, notes = self._promote(lease, head, chain.version, checks)
         return Report(
             run_id=self.run_id,
             name=self.resolved.pipeline.name,

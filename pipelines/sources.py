@@ -1,7 +1,7 @@
 """The documents section → source files with content identities → fragments by a stable rule.
 
-A large file is cut into parts, a file of middle size is a fragment, small files share fragments by a hash of their path: a new
-file makes or changes one fragment and moves none.
+A large file is cut into parts, a file of middle size is a fragment, small files share fragments by a hash of their
+path: a new file makes or changes one fragment and moves none.
 """
 
 import hashlib
@@ -26,11 +26,12 @@ from penstock.pipelines.loading import Origin, PipelineFileInvalid
 # Files below this share of fragment_bytes are gathered; larger ones are fragments of their own.
 SMALL_FILE_SHARE = 0.25
 HASHING_THREADS = 4
+PROBED_FILES = 16  # a corpus whose first files are all damaged is rather of another type
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the corpus: `source` is its name in rows, `content` identifies its bytes (sha256, or an object's ETag)."""
+    """A file of the corpus: `source` is its name in rows, `content` identifies its bytes (sha256, or the ETag)."""
 
     store_url: str
     path: str
@@ -67,14 +68,14 @@ def find_files(documents: Documents, origin: Origin) -> list[SourceFile]:
 
 
 def document_reader(documents: Documents, files: list[SourceFile], origin: Origin) -> DocumentReader:
-    """The descriptor of how documents are read, its columns checked against the first file.
+    """The descriptor of how documents are read, its columns checked against the first file that can be read.
 
     Raises:
-        PipelineFileInvalid: columns that the first file does not have.
+        PipelineFileInvalid: columns that this file does not have.
     """
     match documents:
         case DocstringDocuments() | TextDocuments():
-            keep = tuple((name, "string") for name in documents.keep)
+            keep: tuple[tuple[str, str], ...] = tuple((name, "string") for name in documents.keep)
             return DocumentReader(SourceType(documents.type), (), None, keep, documents.max_file_bytes)
         case TabularDocuments():
             columns = _first_columns(documents, files, origin)
@@ -92,6 +93,7 @@ def cut_fragments(
     files: list[SourceFile], source_type: SourceType, fragment_bytes: int, stage_fingerprint: str
 ) -> list[Fragment]:
     """Fragments of a corpus for a stage, in the order of their first source."""
+    files = sorted(files, key=lambda file: file.source)
     small = [file for file in files if file.size_bytes < SMALL_FILE_SHARE * fragment_bytes]
     large = [file for file in files if file.size_bytes >= SMALL_FILE_SHARE * fragment_bytes]
     groups = [
@@ -159,12 +161,7 @@ def _content_hash(store: Store, path: str) -> str:
 def _first_columns(
     documents: TabularDocuments, files: list[SourceFile], origin: Origin
 ) -> dict[str, pa.DataType | None]:
-    first = files[0]
-    try:
-        with connect(first.store_url).open(first.path) as stream:
-            columns = probe_columns(SourceType(documents.type), first.path, stream)
-    except ValueError as error:
-        raise PipelineFileInvalid([origin.problem("documents.type", str(error))]) from error
+    first, columns = _first_readable(SourceType(documents.type), files, origin)
     text = [documents.text] if isinstance(documents.text, str) else list(documents.text)
     wanted = [("documents.text", name) for name in text]
     wanted += [("documents.id", documents.id)] if documents.id else []
@@ -177,6 +174,25 @@ def _first_columns(
     if problems:
         raise PipelineFileInvalid(problems)
     return columns
+
+
+def _first_readable(
+    source_type: SourceType, files: list[SourceFile], origin: Origin
+) -> tuple[SourceFile, dict[str, pa.DataType | None]]:
+    """The first file with columns, and these; damaged and empty files before it become dead letters when read."""
+    problems = []
+    for file in files[:PROBED_FILES]:
+        try:
+            with connect(file.store_url).open(file.path) as stream:
+                columns = probe_columns(source_type, file.path, stream)
+        except ValueError as error:
+            problems.append(origin.problem("documents.type", str(error)))
+            continue
+        if columns:
+            return file, columns
+        rule = f"({source_type}) no row with columns in {file.source}; check the type"
+        problems.append(origin.problem("documents.type", rule))
+    raise PipelineFileInvalid(problems[:1])
 
 
 def _kept(
@@ -204,8 +220,8 @@ def _type_name(column: str, found: pa.DataType | None, origin: Origin) -> str:
 
 
 def _gathered(files: list[SourceFile], fragment_bytes: int) -> list[list[FilePart]]:
-    """Small files by buckets of the hash of their path; the number of buckets, a power of two, changes only as the whole
-    doubles or halves."""
+    """Small files by buckets of the hash of their path; the number of buckets, a power of two, changes only as the
+    whole doubles or halves."""
     total = sum(file.size_bytes for file in files)
     buckets = 1 << max(0, (max(total, 1) - 1) // fragment_bytes).bit_length()
     groups: dict[int, list[FilePart]] = {}

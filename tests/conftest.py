@@ -1,12 +1,14 @@
 """Fixtures: stores that are real folders and a real S3 server in its own process."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -17,6 +19,7 @@ import pytest
 from penstock.cluster.storage import LocalStore, S3Store, Store
 
 SERVER = Path(__file__).parent / "cluster" / "s3_server.py"
+RACERS = 8
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,13 @@ def s3_environment(url: str) -> dict[str, str]:
 def s3_server() -> Iterator[S3Server]:
     with running_s3_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def racers(s3_server: S3Server) -> Iterator[Pool]:
+    """RACERS other processes, which know the S3 server."""
+    with multiprocessing.get_context("spawn").Pool(RACERS) as pool:
+        yield pool
 
 
 @pytest.fixture(params=["local", "s3"])

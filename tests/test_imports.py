@@ -1,4 +1,5 @@
-"""The import contract: operators import nothing of ours, cluster only operators, pipelines both; only cluster imports Ray."""
+"""The import contract: operators import nothing of ours, cluster only operators, pipelines both; only cluster imports
+Ray."""
 
 import ast
 from collections.abc import Iterator

@@ -57,6 +57,7 @@ class EmbeddingJob:
     encoder: Encoder
     store_format: str
     threads: int
+    device: str
     known: tuple[str, ...] = ()
 
     @property
@@ -208,9 +209,15 @@ class EncodeFragments:
 
     def __init__(self, job: EmbeddingJob) -> None:
         self._job = job
-        self._worker = EncoderWorker(job.encoder, model_folder(job.encoder.model), threads=job.threads)
+        self._failure: Exception | None = None
+        try:
+            self._worker = EncoderWorker(job.encoder, model_folder(job.encoder.model), job.threads, job.device)
+        except Exception as error:  # raised by the first call: an actor whose constructor raises loses the reason
+            self._failure = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self._failure is not None:
+            raise self._failure
         return encode_passages(self._job, self._worker, table)
 
 
@@ -326,7 +333,7 @@ def _filled(table: pa.Table, job: EmbeddingJob, missing: np.ndarray, fresh: np.n
     dimension = job.encoder.dimension
     start = column.offset * dimension
     flat = column.values.to_numpy(zero_copy_only=False)[start : start + len(column) * dimension]
-    vectors = flat.reshape(-1, dimension).copy()
+    vectors: np.ndarray = flat.reshape(-1, dimension).copy()
     if len(missing):
         with np.errstate(over="ignore", invalid="ignore"):
             vectors[missing] = fresh[back].astype(job.store_format)

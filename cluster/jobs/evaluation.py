@@ -119,7 +119,7 @@ def sample_queries(task: SampleTask) -> Queries:
 def encode_queries(task: EncodeQueriesTask) -> Queries:
     """Read and encode a file of queries: one JSON object a line, with `text` and an optional `id` (or `_id`)."""
     ids, texts = _read_queries(task)
-    worker = EncoderWorker(task.encoder, model_folder(task.encoder.model))
+    worker = EncoderWorker(task.encoder, model_folder(task.encoder.model), device="cpu")
     return Queries(tuple(ids), worker.encode(texts).vectors, tuple(None for _ in ids))
 
 

@@ -184,7 +184,8 @@ def kept_rows(store: Store, table: pa.Table, selection: str, fragment: str) -> p
 
 
 def _without(table: pa.Table, excluded: pa.Table) -> pa.Table:
-    """The rows of `table` that `excluded` does not name. Documents that share an id share passage ids too: only source and
+    """The rows of `table` that `excluded` does not name. Documents that share an id share passage ids too: only
+    source and
     position tell their passages apart."""
     suspects = pc.is_in(table.column("passage_id"), excluded.column("passage_id").combine_chunks())
     stays = ~suspects.to_numpy(zero_copy_only=False)

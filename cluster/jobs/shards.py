@@ -114,7 +114,8 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> int:
     """The faiss file, ids, rows and (for re-ranking) vectors, row i of each being the same passage."""
     job = task.job
     builder = ShardBuilder(store.read(trained_path(job.training_fingerprint)), threads=1)
-    vectors = VectorWriter(folder / shard_file(task.shard, VECTORS), job.spec.dimension, np.float16) if job.rerank else None
+    vectors_path = folder / shard_file(task.shard, VECTORS)
+    vectors = VectorWriter(vectors_path, job.spec.dimension, np.float16) if job.rerank else None
     ids_writer: pa.ipc.RecordBatchFileWriter | None = None
     rows_writer: pa.ipc.RecordBatchFileWriter | None = None
     for embedded, passages in _slices(task, store):

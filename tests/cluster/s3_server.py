@@ -91,7 +91,8 @@ class FaultyS3:
         environment["wsgi.input"] = io.BytesIO(_read_body(environment))
         if action in CODES:
             start(f"{action} Injected", [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{CODES[action]}</Code><Message>injected</Message></Error>".encode()]
+            body = f"<Error><Code>{CODES[action]}</Code><Message>injected</Message></Error>"
+            return [b"" if environment["REQUEST_METHOD"] == "HEAD" else body.encode()]
         if action and action.startswith("slow:"):
             time.sleep(float(action.removeprefix("slow:")))
         if action == "ignore_preconditions":

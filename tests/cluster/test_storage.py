@@ -2,7 +2,6 @@
 
 import io
 import logging
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -12,13 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, timedelta
 from http.client import RemoteDisconnected
+from multiprocessing.pool import Pool
 from pathlib import Path
 from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3Server, environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,8 +33,9 @@ from penstock.cluster.storage import (
     open_store,
 )
 
-RACERS = 8
-HASTY = S3Limits(connect_timeout_s=1.0, read_timeout_s=1.0, deadline_s=8.0)
+from ..conftest import RACERS, S3Server, environment
+
+HASTY = S3Limits(connect_timeout_s=1.0, read_timeout_s=1.0, deadline_s=30.0)
 SMALLEST_PART_BYTES = 5 * 2**20  # of a multipart upload, by S3's rules
 
 
@@ -159,7 +159,6 @@ def test_paths_that_could_leave_the_root_are_refused(store: Store, path: str, tm
     ]
     if path:
         attempts += [lambda: list(store.list(path)), lambda: store.names(path), lambda: store.folders(path)]
-    store.write("x", b"1")
     for attempt in attempts:
         with pytest.raises(ValueError, match="object path"):
             attempt()
@@ -176,10 +175,9 @@ def test_no_text_names_a_file_outside_the_root(path: str) -> None:
     assert os.path.normpath(target) != "/nowhere/root"
 
 
-def test_a_pickled_store_works_in_another_process(store: Store) -> None:
+def test_a_pickled_store_works_in_another_process(store: Store, racers: Pool) -> None:
     store.write("x", b"from the parent")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(Store.read, (store, "x")) == b"from the parent"
+    assert racers.apply(Store.read, (store, "x")) == b"from the parent"
 
 
 def test_threads_share_a_store(store: Store) -> None:
@@ -199,10 +197,9 @@ def _race(store: Store, racer: int, rounds: int) -> list[bool]:
     return won
 
 
-def test_of_racing_processes_exactly_one_creates(store: Store) -> None:
-    rounds = 20
-    with multiprocessing.get_context("spawn").Pool(RACERS) as pool:
-        outcomes = pool.starmap(_race, [(store, racer, rounds) for racer in range(RACERS)], chunksize=1)
+def test_of_racing_processes_exactly_one_creates(store: Store, racers: Pool) -> None:
+    rounds = 5
+    outcomes = racers.starmap(_race, [(store, racer, rounds) for racer in range(RACERS)], chunksize=1)
     assert [sum(outcome[i] for outcome in outcomes) for i in range(rounds)] == [1] * rounds
 
 
@@ -212,11 +209,11 @@ def test_of_racing_processes_exactly_one_creates(store: Store) -> None:
 def test_a_folder_of_many_objects_is_listed_fast(tmp_path: Path) -> None:
     store, folder = LocalStore(tmp_path), tmp_path / "many"
     folder.mkdir()
-    for number in range(100_000):
+    for number in range(20_000):
         os.close(os.open(folder / f"{number}", os.O_CREAT))
-    started_s = time.monotonic()
-    assert len(store.names("many")) == 100_000
-    assert time.monotonic() - started_s < 2.0
+    started_s = time.process_time()
+    assert len(store.names("many")) == 20_000
+    assert time.process_time() - started_s < 0.4  # 100,000 in 2 s
 
 
 def test_what_a_killed_writer_leaves_is_never_listed(tmp_path: Path) -> None:
@@ -304,48 +301,48 @@ def test_a_drop_is_a_drop(s3_server: S3Server, bucket: Callable[..., S3Store]) -
 
 def test_create_learns_its_outcome_when_every_reply_to_it_is_lost(bucket: Callable[..., S3Store]) -> None:
     store = bucket(
-        {"method": "PUT", "match": "x.json", "do": "lost_reply", "count": 1000}, limits=S3Limits(deadline_s=1.0)
+        {"method": "PUT", "match": "x.json", "do": "lost_reply", "count": 1000}, limits=S3Limits(deadline_s=2.0)
     )
     stored = store.create("x.json", {})
     assert store._record_at("x.json") == stored
 
 
-@pytest.mark.parametrize("fault", ["503", "500", "drop", "slow:1.5"])
-def test_reads_and_listings_survive_a_fault(s3_server: S3Server, bucket: Callable[..., S3Store], fault: str) -> None:
+@pytest.mark.parametrize(("fault", "count"), [("503", 2), ("500", 2), ("drop", 2), ("slow:1.5", 1)])
+def test_reads_and_listings_survive_a_fault(
+    s3_server: S3Server, bucket: Callable[..., S3Store], fault: str, count: int
+) -> None:
     store = bucket()
     store.write("a/x", b"1")
-    s3_server.faults([{"method": "GET", "match": store.bucket, "do": fault, "count": 2}])
+    s3_server.faults([{"method": "GET", "match": store.bucket, "do": fault, "count": count}])
     assert store.read("a/x") == b"1"
-    s3_server.faults([{"method": "GET", "match": store.bucket, "do": fault, "count": 2}])
+    s3_server.faults([{"method": "GET", "match": store.bucket, "do": fault, "count": count}])
     assert [info.path for info in store.list()] == ["a/x"]
 
 
 def test_a_storm_ends_at_the_deadline_and_leaves_the_old_object(
     s3_server: S3Server, bucket: Callable[..., S3Store]
 ) -> None:
-    store = bucket(limits=S3Limits(deadline_s=2.0))
+    store = bucket()
     store.write("x", b"old")
+    impatient = S3Store(store.bucket, "p", S3Limits(deadline_s=2.0))
     s3_server.faults([{"method": "PUT", "match": store.bucket, "do": "503", "count": 1000}])
     started_s = time.monotonic()
     with pytest.raises(
         StorageUnavailable, match=r"writing `x` in s3://.* failed \d+ times in .* SlowDown.* run the same"
     ):
-        store.write("x", b"new")
-    assert time.monotonic() - started_s < 4.0
+        impatient.write("x", b"new")
+    assert time.monotonic() - started_s < 10.0
     assert 3 <= requests(s3_server, store, "503") <= 20
     assert store.read("x") == b"old"
 
 
 def test_a_hanging_reply_ends_at_the_deadline(bucket: Callable[..., S3Store]) -> None:
     store = bucket({"method": "GET", "do": "slow:6", "count": 100}, limits=S3Limits(read_timeout_s=60, deadline_s=1.5))
-    started_s = time.monotonic()
-    with pytest.raises(StorageUnavailable, match="reading `x`"):
+    with pytest.raises(StorageUnavailable, match="reading `x`.*no reply in time"):
         store.read("x")
-    assert time.monotonic() - started_s < 4.0
 
 
 def test_no_bucket_no_access_and_no_credentials_fail_fast(s3_server: S3Server, bucket: Callable[..., S3Store]) -> None:
-    started_s = time.monotonic()
     absent = S3Store("no-such-bucket-here", "p")
     for attempt in (
         lambda: absent.write("x", b""),
@@ -355,13 +352,13 @@ def test_no_bucket_no_access_and_no_credentials_fail_fast(s3_server: S3Server, b
     ):
         with pytest.raises(StoreUnsuitable, match="create the bucket `no-such-bucket-here`"):
             attempt()
+    assert requests(s3_server, absent, None) == 4
     store = bucket()
     s3_server.faults([{"do": "403", "match": store.bucket, "count": 1000}])
     for attempt in (lambda: store.write("x", b""), lambda: store.info("x"), lambda: store.create("x", {})):
         with pytest.raises(StoreUnsuitable, match="AWS_ACCESS_KEY_ID"):
             attempt()
-    assert requests(s3_server, store, "403") <= 6  # botocore asks twice more for the region on a HEAD
-    assert time.monotonic() - started_s < 8.0
+    assert requests(s3_server, store, "403") <= 5  # botocore looks twice for the region after a HEAD
 
 
 def test_missing_credentials_are_named(s3_server: S3Server, tmp_path: Path) -> None:
@@ -463,14 +460,15 @@ def test_nothing_shows_credentials(
         "AWS_SECRET_ACCESS_KEY": "CANARYSECRET",
         "AWS_SESSION_TOKEN": "CANARYTOKEN",
     }
-    store = bucket(limits=S3Limits(deadline_s=1.0))
+    store = bucket()
+    impatient = S3Store(store.bucket, "p", S3Limits(deadline_s=1.0))
     shown = [repr(store), str(vars(store))]
     with environment(canaries):
         store.write("a", b"1")
         shown += [repr(pickle.dumps(store)), repr(list(store.list()))]
         s3_server.faults([{"do": fault, "match": store.bucket, "count": 1000}])
         with pytest.raises((StoreUnsuitable, StorageUnavailable)) as failed:
-            store.write("b", b"")
+            impatient.write("b", b"")
         shown += [str(failed.getrepr(chain=True, style="native")), caplog.text, *capfd.readouterr()]
     assert "botocore" in caplog.text or "s3fs" in caplog.text
     assert [text for text in shown if "CANARYSECRET" in text or "CANARYTOKEN" in text] == []
@@ -526,31 +524,30 @@ CORPUS = (
 )
 
 
-@pytest.mark.parametrize(
-    ("pattern", "found"),
-    [
-        ("a/*.parquet", ["1.parquet", "2.parquet"]),
-        ("a/**/*.parquet", ["1.parquet", "2.parquet", "b/3.parquet"]),
-        ("**/*.parquet", ["a/1.parquet", "a/2.parquet", "a/b/3.parquet"]),
-        ("a/[2-9].parquet", ["2.parquet"]),
-        ("a/?.csv", ["x.csv"]),
-        ("?/5", ["c/5"]),
-        ("a", ["1.parquet", "2.parquet", "b/3.parquet", "x.csv"]),
-        ("a/", ["1.parquet", "2.parquet", "b/3.parquet", "x.csv"]),
-        ("a/x.csv", ["x.csv"]),
-        ("a/_SUCCESS", ["_SUCCESS"]),
-        ("absent/*", []),
-        ("absent", []),
-        ("*/b/**", ["a/b/3.parquet"]),
-    ],
+GLOBS = (
+    ("a/*.parquet", ["1.parquet", "2.parquet"]),
+    ("a/**/*.parquet", ["1.parquet", "2.parquet", "b/3.parquet"]),
+    ("**/*.parquet", ["a/1.parquet", "a/2.parquet", "a/b/3.parquet"]),
+    ("a/[2-9].parquet", ["2.parquet"]),
+    ("a/?.csv", ["x.csv"]),
+    ("?/5", ["c/5"]),
+    ("a", ["1.parquet", "2.parquet", "b/3.parquet", "x.csv"]),
+    ("a/", ["1.parquet", "2.parquet", "b/3.parquet", "x.csv"]),
+    ("a/x.csv", ["x.csv"]),
+    ("a/_SUCCESS", ["_SUCCESS"]),
+    ("absent/*", []),
+    ("absent", []),
+    ("*/b/**", ["a/b/3.parquet"]),
 )
-def test_globs(store: Store, pattern: str, found: list[str]) -> None:
+
+
+def test_globs(store: Store) -> None:
     for path in CORPUS:
         store.write(path, path.encode())
-    source, files = glob_objects(f"{store.url}/{pattern}")
-    assert [info.path for info in files] == found
-    for info in files:
-        assert source.read(info.path).decode().endswith(info.path)
+    for pattern, found in GLOBS:
+        source, files = glob_objects(f"{store.url}/{pattern}")
+        assert [info.path for info in files] == found, pattern
+        assert all(source.read(info.path).decode().endswith(info.path) for info in files[:1])
 
 
 def test_globs_from_the_working_folder_and_through_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,8 @@ def real_texts() -> list[str]:
     texts: dict[str, None] = {}
     for path in sorted(base.glob("lib/*.py")) + sorted(base.glob("_core/*.py")):
         module = module_name(f"numpy/{path.relative_to(base).as_posix()}")
-        texts |= dict.fromkeys(text for _, text in extract_docstrings(path.read_bytes(), module) if 40 < len(text) < 600)
+        found_here = (text for _, text in extract_docstrings(path.read_bytes(), module))
+        texts |= dict.fromkeys(text for text in found_here if 40 < len(text) < 600)
     assert len(texts) >= 200
     return list(texts)
 
