@@ -29,7 +29,8 @@ from penstock.cluster.fragments import write_fragment
 from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, FileRecord, ShardRecord, shard_record_path
 from penstock.cluster.jobs.training import trained_path
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path, shard_file
-from penstock.cluster.storage import LocalStore, Store
+from penstock.cluster.local_store import LocalStore
+from penstock.cluster.storage import Store
 from penstock.operators.identity import row_hashes
 from penstock.pipelines import Pipeline
 from penstock.pipelines.history import Status, new_run_id, write_run, write_sources

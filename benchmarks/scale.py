@@ -274,7 +274,7 @@ def _passages(table: pa.Table, tokenizer: PassageTokenizer) -> int:
             "position": pa.array(range(table.num_rows), pa.int64()),
         }
     )
-    passages, _ = chunk_documents(documents, Chunker(PassageType.tokens, WINDOW_TOKENS, OVERLAP_TOKENS), tokenizer)
+    passages, _ = chunk_documents(documents, Chunker(PassageType.TOKENS, WINDOW_TOKENS, OVERLAP_TOKENS), tokenizer)
     return int(passages.num_rows)
 
 
@@ -359,7 +359,7 @@ def watch(file: Path, log: Path) -> tuple[Sampler, Events]:
 
 
 def stop(process: subprocess.Popen[str], sampler: Sampler) -> None:
-    """Ask the run to stop as Ctrl-C does; end what is left, by the process ids that were seen."""
+    """Ask the run to stop as Ctrl-C does, then end what is left, by the process ids that were seen."""
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)
@@ -437,7 +437,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("RAY_ADDRESS"):
         raise SystemExit("RAY_ADDRESS must not be set: only processes below the run's own are watched; unset it")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # SIGINT too: behind a shell's `&` we and the run would be deaf to it
+        signal.signal(number, _interrupt)
     options = (arguments.model, arguments.precision, arguments.fragment_bytes)
     with tempfile.TemporaryDirectory(prefix="penstock-scale-") as temporary:
         work = arguments.work or Path(temporary)

@@ -103,12 +103,9 @@ def read_hash_range(store: Store, path: str, first: int, last: int, columns: Seq
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
     """A fixed_size_list<float16|float32>[d] column without nulls as an array (N, d) of the same format, without copying
     when it is one chunk."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=column.type)
-    dimension = array.type.list_size
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies a single chunk too
     flat: np.ndarray = array.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(-1, dimension)
+    return flat.reshape(-1, column.type.list_size)
 
 
 def vector_column(vectors: np.ndarray) -> pa.FixedSizeListArray:

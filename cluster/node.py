@@ -4,6 +4,7 @@ import functools
 import os
 from pathlib import Path
 
+from penstock.cluster.corpus_files import open_corpus
 from penstock.cluster.storage import Store, open_store
 from penstock.operators.chunking import PassageTokenizer
 from penstock.operators.models import ModelUnavailable, resolve_model, tokenizer_folder
@@ -24,6 +25,12 @@ def cache_folder() -> Path:
 def connect(url: str) -> Store:
     """The store at `url`, one connection per process."""
     return open_store(url)
+
+
+@functools.cache
+def connect_corpus(url: str) -> Store:
+    """The store at `url` as a corpus: symbolic links that its listing followed are followed by workers too."""
+    return open_corpus(url)
 
 
 @functools.cache

@@ -9,8 +9,9 @@ import pyarrow.ipc
 
 from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, FileRecord, ShardRecord
 from penstock.cluster.layout import shard_file
+from penstock.cluster.local_store import LocalStore
 from penstock.cluster.node import cache_folder
-from penstock.cluster.storage import LocalStore, Store
+from penstock.cluster.storage import Store
 from penstock.operators.indexing import Family, Metric, open_index
 from penstock.operators.searching import ShardSearcher, open_vectors
 

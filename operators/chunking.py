@@ -55,8 +55,8 @@ _DOCUMENT_COLUMNS = ("document_id", "text", "source", "position")
 
 
 class PassageType(StrEnum):
-    tokens = "tokens"
-    whole = "whole"
+    TOKENS = "tokens"
+    WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Chunker:
     overlap: int
 
     def __post_init__(self) -> None:
-        if self.kind is PassageType.tokens:
+        if self.kind is PassageType.TOKENS:
             _check_window(self.tokens, self.overlap)
 
 
@@ -185,12 +185,12 @@ class _Cuts(NamedTuple):
 
 def _cut_documents(texts: Sequence[str], chunker: Chunker, tokenizer: PassageTokenizer) -> list[list[_Span]]:
     match chunker.kind:
-        case PassageType.whole:
+        case PassageType.WHOLE:
             spans = [_stripped(text, 0, len(text)) for text in texts]
             counts = tokenizer.count([text[start:end] for text, (start, end) in zip(texts, spans, strict=True)])
             counted = [_Span(*span, count) for span, count in zip(spans, counts.tolist(), strict=True)]
             return [[span] if span.tokens > 0 else [] for span in counted]
-        case PassageType.tokens:
+        case PassageType.TOKENS:
             return _cut_into_windows(texts, chunker, tokenizer)
         case _:
             assert_never(chunker.kind)

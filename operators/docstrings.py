@@ -37,9 +37,9 @@ _BODIES: dict[type[ast.AST], tuple[str, ...]] = {
 
 
 class DocstringKind(StrEnum):
-    module = "module"
-    class_ = "class"
-    function = "function"
+    MODULE = "module"
+    CLASS = "class"
+    FUNCTION = "function"
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ def _definitions(tree: ast.Module, module: str) -> Iterator[tuple[str, _Definiti
 def _kind(node: _Definition) -> DocstringKind:
     match node:
         case ast.Module():
-            return DocstringKind.module
+            return DocstringKind.MODULE
         case ast.ClassDef():
-            return DocstringKind.class_
+            return DocstringKind.CLASS
         case _:
-            return DocstringKind.function
+            return DocstringKind.FUNCTION
 
 
 def _package_folder(package: str) -> str:

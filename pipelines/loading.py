@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from penstock.cluster.storage import redact
 from penstock.pipelines.config import (
     ENVIRONMENT_PATHS,
     DocstringDocuments,
@@ -24,8 +25,7 @@ MAX_FILE_BYTES = 262_144
 MAX_DEPTH = 32  # the deepest key has 4; PyYAML recurses, and 100,000 open brackets took it 335 s
 MAX_SHOWN_CHARACTERS = 200
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*(?=@)")
-SIGNATURE = re.compile(r"(?<=\?)[^\s'\"]*(?:signature|credential|token|key)[\w-]*=[^\s'\"]*", re.IGNORECASE)
+CREDENTIALS = re.compile(r"://[^/@\s]*@")
 Location = tuple[str | int, ...]
 YAML_TAG = "tag:yaml.org,2002:"
 SCALAR_TAGS = {YAML_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp")}
@@ -337,7 +337,7 @@ def _message(detail: dict[str, Any], where: Location, content: dict[str, Any]) -
 
 def _shown(value: object) -> str:
     """A value as messages show it: of limited length, without passwords in URLs and signatures of URLs."""
-    text = SIGNATURE.sub("***", CREDENTIALS.sub("***", repr(value)))
+    text = redact(repr(value))
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 

@@ -30,11 +30,11 @@ from penstock.cluster.layout import (
 from penstock.cluster.node import connect, model_folder
 from penstock.cluster.storage import Store
 from penstock.operators.chunking import Chunker, PassageType
+from penstock.operators.documents import DocumentReader, SourceType
 from penstock.operators.encoding import Encoder, encoder_for
 from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import IndexSpec, Metric, factory_string, fewest_training_rows
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card
-from penstock.operators.reading import DocumentReader, SourceType
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -248,6 +248,7 @@ def resolve(pipeline: PipelineFile, origin: Origin) -> Resolved:
     query_encoder = encoder_for(card, prompt=prompts.query if prompts else card.query_prompt, **shared)
     chunker = _chunker(pipeline, card, encoder)
     _check_index(pipeline, dimension, origin)
+    _check_evaluation(pipeline, origin)
     return Resolved(pipeline, tuple(files), reader, card, chunker, encoder, query_encoder, tuple(warnings))
 
 
@@ -479,6 +480,18 @@ def _check_index(pipeline: PipelineFile, dimension: int, origin: Origin) -> None
         raise PipelineFileInvalid([origin.problem("index", str(error))]) from error
 
 
+def _check_evaluation(pipeline: PipelineFile, origin: Origin) -> None:
+    """Refuse files of queries and judgements that are not there."""
+    evaluate = pipeline.evaluate
+    for place, path in (("evaluate.queries", evaluate.queries), ("evaluate.relevance", evaluate.relevance)):
+        if isinstance(path, str):
+            store, name = split_path(path)
+            if store.info(name) is None:
+                raise PipelineFileInvalid(
+                    [origin.problem(place, f"({path}) must be a file, there is none; check the path")]
+                )
+
+
 def _evaluation_inputs(resolved: Resolved) -> list[str]:
     """Identities of the query and judgement files, and of the query side of the model."""
     evaluate = resolved.pipeline.evaluate
@@ -492,8 +505,8 @@ def _evaluation_inputs(resolved: Resolved) -> list[str]:
 
 def split_path(path: str) -> tuple[Store, str]:
     """The store and the name within it of one file, local or on S3."""
-    folder, _, name = path.rpartition("/")
-    return connect(folder or "."), name
+    folder, slash, name = path.rpartition("/")
+    return connect(folder or slash or "."), name
 
 
 def _why_passages(resolved: Resolved, past: PastRun | None, todo: int) -> str:

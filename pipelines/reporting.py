@@ -15,6 +15,7 @@ from penstock.pipelines.planning import Plan
 from penstock.pipelines.running import Report
 
 SNIPPET_CHARACTERS = 240
+FILE_WIDTH = 160  # of tables when the output is no terminal
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -91,7 +92,7 @@ def print_view(view: RenderableType) -> None:
     """Print to standard output; wide enough for tables when it is not a terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=FILE_WIDTH)
     console.print(view, highlight=False)
 
 

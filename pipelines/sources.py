@@ -14,12 +14,15 @@ from typing import assert_never
 
 import pyarrow as pa
 
+from penstock.cluster.corpus_files import glob_objects
 from penstock.cluster.jobs.passages import FilePart, source_state
-from penstock.cluster.node import connect
-from penstock.cluster.storage import ObjectInfo, Store, glob_objects
+from penstock.cluster.node import connect_corpus
+from penstock.cluster.storage import ObjectInfo, Store
 from penstock.operators.docstrings import package_folders
+from penstock.operators.documents import DocumentReader, SourcePart, SourceType
 from penstock.operators.identity import fingerprint
-from penstock.operators.reading import KEEP_TYPES, DocumentReader, SourcePart, SourceType, probe_columns, split_source
+from penstock.operators.metadata import KEEP_TYPES
+from penstock.operators.reading import probe_columns, split_source
 from penstock.pipelines.config import DocstringDocuments, Documents, TabularDocuments, TextDocuments
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
 
@@ -122,11 +125,11 @@ def _listed(documents: Documents, origin: Origin) -> list[tuple[Store, ObjectInf
 def _package_files(name: str, place: Path) -> Iterator[tuple[Store, ObjectInfo, str]]:
     """Python files of a package, named from its import name; `place` is its folder, or its only file."""
     if place.is_file():
-        store = connect(str(place.parent))
+        store = connect_corpus(str(place.parent))
         info = store.info(place.name)
         yield from [(store, info, place.name)] if info else []
         return
-    store = connect(str(place))
+    store = connect_corpus(str(place))
     for info in store.list(""):
         if info.path.endswith(".py"):
             yield store, info, f"{name}/{info.path}"
@@ -183,7 +186,7 @@ def _first_readable(
     problems = []
     for file in files[:PROBED_FILES]:
         try:
-            with connect(file.store_url).open(file.path) as stream:
+            with connect_corpus(file.store_url).open(file.path) as stream:
                 columns = probe_columns(source_type, file.path, stream)
         except ValueError as error:
             problems.append(origin.problem("documents.type", str(error)))
@@ -232,8 +235,8 @@ def _gathered(files: list[SourceFile], fragment_bytes: int) -> list[list[FilePar
 
 
 def _cut(file: SourceFile, source_type: SourceType, fragment_bytes: int) -> list[list[FilePart]]:
-    if source_type is SourceType.parquet and file.size_bytes > fragment_bytes:
-        with connect(file.store_url).open(file.path) as stream:
+    if source_type is SourceType.PARQUET and file.size_bytes > fragment_bytes:
+        with connect_corpus(file.store_url).open(file.path) as stream:
             parts = split_source(source_type, file.source, file.size_bytes, stream, fragment_bytes)
     else:
         parts = split_source(source_type, file.source, file.size_bytes, None, fragment_bytes)

@@ -16,7 +16,9 @@ from uuid import uuid4
 
 import pytest
 
-from penstock.cluster.storage import LocalStore, S3Store, Store
+from penstock.cluster.local_store import LocalStore
+from penstock.cluster.s3_store import S3Store
+from penstock.cluster.storage import Store
 
 SERVER = Path(__file__).parent / "cluster" / "s3_server.py"
 RACERS = 8

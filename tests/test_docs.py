@@ -20,10 +20,11 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from typer.core import TyperGroup
 
+from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
-from penstock.cluster.storage import LocalStore, Store
+from penstock.cluster.storage import Store
 from penstock.operators.indexing import FaissObject
-from penstock.operators.reading import Reason
+from penstock.operators.rows import Reason
 from penstock.pipelines import Pipeline, config, open_index
 from penstock.pipelines.cli import EXIT_CODES, app
 from penstock.pipelines.loading import PipelineFileInvalid, parse_pipeline

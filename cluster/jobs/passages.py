@@ -8,11 +8,12 @@ import pyarrow as pa
 
 from penstock.cluster.fragments import Receipt, Work, write_fragment
 from penstock.cluster.layout import PASSAGES, dead_letter_path, fragment_path
-from penstock.cluster.node import connect, tokenizer
+from penstock.cluster.node import connect, connect_corpus, tokenizer
 from penstock.operators.chunking import Chunker, chunk_documents
 from penstock.operators.deadletters import DeadLetter, dead_letter_table, reasons
+from penstock.operators.documents import DocumentReader, Documents, SourcePart, documents_schema
 from penstock.operators.identity import row_hashes
-from penstock.operators.reading import DocumentReader, Documents, SourcePart, documents_schema, read_documents
+from penstock.operators.reading import read_documents
 
 
 class SourceChanged(Exception):
@@ -85,7 +86,7 @@ def _read(task: PassageTask) -> tuple[pa.Table, pa.Table, int]:
 
 
 def _read_part(reader: DocumentReader, part: FilePart) -> Documents:
-    store = connect(part.store_url)
+    store = connect_corpus(part.store_url)
     info = store.info(part.path)
     if info is None or source_state(info.etag, info.size_bytes, info.modified.timestamp()) != part.state:
         raise SourceChanged(

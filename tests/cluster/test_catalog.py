@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict, undo_stack
-from penstock.cluster.storage import LocalStore, Store
+from penstock.cluster.local_store import LocalStore
+from penstock.cluster.storage import Store
 
 from ..conftest import RACERS
 

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from penstock.cluster.leases import KEPT_LEASES, Lease, LeaseHeld, LeaseLost, acquire
-from penstock.cluster.storage import LocalStore, S3Limits, S3Store, Store
+from penstock.cluster.local_store import LocalStore
+from penstock.cluster.s3_client import S3Limits
+from penstock.cluster.s3_store import S3Store
+from penstock.cluster.storage import Store
 
 from ..conftest import RACERS, S3Server, running_s3_server
 

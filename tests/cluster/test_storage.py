@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, timedelta
 from http.client import RemoteDisconnected
@@ -21,17 +21,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.cluster.storage import (
-    AlreadyExists,
-    LocalStore,
-    S3Limits,
-    S3Store,
-    StorageUnavailable,
-    Store,
-    StoreUnsuitable,
-    glob_objects,
-    open_store,
-)
+from penstock.cluster.corpus_files import glob_objects
+from penstock.cluster.local_store import LocalStore
+from penstock.cluster.s3_client import S3Limits
+from penstock.cluster.s3_store import S3Store
+from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store, StoreUnsuitable, open_store
 
 from ..conftest import RACERS, S3Server, environment
 
@@ -218,8 +212,8 @@ def test_a_folder_of_many_objects_is_listed_fast(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_leaves_is_never_listed(tmp_path: Path) -> None:
     writer = (
-        "import os, pathlib, signal\nfrom penstock.cluster.storage import _replacing\n"
-        f"with _replacing(pathlib.Path({str(tmp_path)!r}, 'a', 'x')) as file:\n"
+        "import os, pathlib, signal\nfrom penstock.cluster.local_files import replacing\n"
+        f"with replacing(pathlib.Path({str(tmp_path)!r}, 'a', 'x')) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", writer], check=False).returncode == -9
@@ -269,14 +263,15 @@ def test_creating_and_pruning_folders_at_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket(s3_server: S3Server) -> Callable[..., S3Store]:
+def bucket(s3_server: S3Server) -> Iterator[Callable[..., S3Store]]:
     """Makes a hasty store in a fresh bucket, with these faults."""
 
     def make(*rules: dict[str, object], limits: S3Limits = HASTY) -> S3Store:
         s3_server.faults(rules)
         return S3Store(s3_server.bucket(), "p", limits)
 
-    return make
+    yield make
+    s3_server.faults([])
 
 
 def requests(server: S3Server, store: S3Store, action: str | None) -> int:

@@ -54,7 +54,7 @@ def documents(texts: list[str]) -> pa.Table:
 
 
 def chunk(texts: list[str], tokens: int, overlap: int = 0) -> list[dict[str, Any]]:
-    passages, _ = chunk_documents(documents(texts), Chunker(PassageType.tokens, tokens, overlap), MINILM)
+    passages, _ = chunk_documents(documents(texts), Chunker(PassageType.TOKENS, tokens, overlap), MINILM)
     return list(passages.sort_by([("document_id", "ascending"), ("ordinal", "ascending")]).to_pylist())
 
 
@@ -93,7 +93,7 @@ def test_passages_equal_their_spans_and_are_counted_alone(texts: list[str], toke
 @settings(max_examples=40, deadline=None)
 @given(st.lists(PROSE, min_size=2, max_size=6))
 def test_passages_do_not_depend_on_how_documents_are_batched(texts: list[str]) -> None:
-    table, chunker = documents(texts), Chunker(PassageType.tokens, 8, 3)
+    table, chunker = documents(texts), Chunker(PassageType.TOKENS, 8, 3)
     together, dropped = chunk_documents(table, chunker, MINILM)
     alone = [chunk_documents(table.slice(n, 1), chunker, MINILM) for n in reversed(range(len(texts)))]
     order = [("row_hash", "ascending"), ("passage_id", "ascending")]
@@ -103,7 +103,7 @@ def test_passages_do_not_depend_on_how_documents_are_batched(texts: list[str]) -
 
 def test_table_has_the_schema_hashes_and_order_of_passages() -> None:
     table = documents(["The Quick  Brown fox.", "the quick brown FOX.", "Another text. " * 50])
-    passages, dropped = chunk_documents(table, Chunker(PassageType.tokens, 32, 8), MINILM)
+    passages, dropped = chunk_documents(table, Chunker(PassageType.TOKENS, 32, 8), MINILM)
     assert passages.schema == passages_schema(table.schema)
     assert passages.schema.names[-1] == "language" and set(passages["language"].to_pylist()) == {"en"}
     ids, texts = passages["passage_id"].to_pylist(), passages["text"].to_pylist()
@@ -135,7 +135,7 @@ def test_a_document_without_tokens_is_a_dead_letter(kind: PassageType) -> None:
 
 def test_whole_is_one_passage_of_any_length() -> None:
     text = "  many words here " * 200
-    passages, _ = chunk_documents(documents([text]), Chunker(PassageType.whole, 0, 0), MINILM)
+    passages, _ = chunk_documents(documents([text]), Chunker(PassageType.WHOLE, 0, 0), MINILM)
     row = passages.to_pylist()[0]
     assert row["text"] == text.strip() == text[row["start"] : row["end"]]
     assert row["tokens"] == 600
@@ -176,9 +176,9 @@ def test_a_cut_that_adds_tokens_is_made_again_with_a_smaller_window() -> None:
 
 def test_bounds_of_the_window_are_checked() -> None:
     with pytest.raises(ValueError, match=r"overlap \(16\) must be less than half of tokens \(32\)"):
-        Chunker(PassageType.tokens, 32, 16)
+        Chunker(PassageType.TOKENS, 32, 16)
     with pytest.raises(ValueError, match=r"tokens \(0\) must be at least 1"):
-        Chunker(PassageType.tokens, 0, 0)
+        Chunker(PassageType.TOKENS, 0, 0)
     with pytest.raises(ValueError, match=r"overlap \(-1\)"):
         window_spans("a", MINILM.token_spans("a"), 8, -1)
 

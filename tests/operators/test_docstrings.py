@@ -97,9 +97,9 @@ def test_docstrings_at_any_nesting_have_qualified_names_in_source_order() -> Non
 
 def test_kinds() -> None:
     kinds = {docstring.name: docstring.kind for docstring in find_docstrings(SOURCE, "m")}
-    assert kinds["m"] is DocstringKind.module
-    assert kinds["m.Outer.Inner"] is DocstringKind.class_
-    assert kinds["m.Outer.Inner.fetch"] is DocstringKind.function
+    assert kinds["m"] is DocstringKind.MODULE
+    assert kinds["m.Outer.Inner"] is DocstringKind.CLASS
+    assert kinds["m.Outer.Inner.fetch"] is DocstringKind.FUNCTION
 
 
 def test_texts_equal_those_of_the_imported_module() -> None:

@@ -20,19 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.operators.deadletters import DEAD_LETTER_SCHEMA, reasons
+from penstock.operators.documents import DocumentReader, Documents, SourcePart, SourceType, documents_schema
 from penstock.operators.identity import canonical_json
-from penstock.operators.reading import (
-    BATCH_ROWS,
-    READ_BYTES,
-    DocumentReader,
-    Documents,
-    SourcePart,
-    SourceType,
-    documents_schema,
-    probe_columns,
-    read_documents,
-    split_source,
-)
+from penstock.operators.reading import probe_columns, read_documents, split_source
+from penstock.operators.streams import READ_BYTES
+from penstock.operators.tabular import BATCH_ROWS
 
 CAP_BYTES = 64 << 20
 Keep = tuple[tuple[str, str], ...]
@@ -60,7 +52,7 @@ def read(reader: DocumentReader, data: bytes, path: str = "part", part: SourcePa
 
 def read_jsonl(*lines: object, keep: Keep = (), text: tuple[str, ...] = ("text",), id: str | None = "id") -> Documents:
     data = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
-    return read(reader_of(SourceType.jsonl, text, id, keep), data)
+    return read(reader_of(SourceType.JSONL, text, id, keep), data)
 
 
 def parquet_bytes(table: pa.Table, **options: object) -> bytes:
@@ -70,7 +62,7 @@ def parquet_bytes(table: pa.Table, **options: object) -> bytes:
 
 
 def read_parquet(table: pa.Table, keep: Keep = (), id: str | None = "id") -> Documents:
-    return read(reader_of(SourceType.parquet, ("text",), id, keep), parquet_bytes(table))
+    return read(reader_of(SourceType.PARQUET, ("text",), id, keep), parquet_bytes(table))
 
 
 def zstd(data: bytes) -> bytes:
@@ -88,7 +80,7 @@ def refusal(documents: Documents) -> str:
 
 
 def test_the_reader_is_plain_data() -> None:
-    reader = reader_of(SourceType.jsonl, keep=(("year", "int64"),))
+    reader = reader_of(SourceType.JSONL, keep=(("year", "int64"),))
     assert pickle.loads(pickle.dumps(reader)) == reader
 
 
@@ -96,7 +88,7 @@ def test_the_reader_is_plain_data() -> None:
 def test_jsonl(encode: Callable[[bytes], bytes]) -> None:
     lines = b'{"id": "a", "text": "one"}\n\n  \r\n{"id": 7, "text": "two"}\r\n{"id": "c", "text": "three"}'
     suffix = {bytes: "", gzip.compress: ".gz", zstd: ".zst"}[encode]
-    documents = read(reader_of(SourceType.jsonl), encode(lines), f"a.jsonl{suffix}")
+    documents = read(reader_of(SourceType.JSONL), encode(lines), f"a.jsonl{suffix}")
     assert documents.table.select(["document_id", "text", "position"]).to_pydict() == {
         "document_id": ["a", "7", "c"],
         "text": ["one", "two", "three"],
@@ -110,7 +102,7 @@ def test_jsonl(encode: Callable[[bytes], bytes]) -> None:
 def test_csv(encode: Callable[[bytes], bytes]) -> None:
     suffix = {bytes: "", gzip.compress: ".gz", zstd: ".zst"}[encode]
     data = b'id,year,text\r\n1,1999,"a ""quoted""\nline"\n\n2,,NULL\n3,20x0,"x"\n'
-    documents = read(reader_of(SourceType.csv, keep=(("year", "int64"),)), encode(data), f"a.csv{suffix}")
+    documents = read(reader_of(SourceType.CSV, keep=(("year", "int64"),)), encode(data), f"a.csv{suffix}")
     assert documents.table.drop_columns("source").to_pylist() == [
         {"document_id": "1", "text": 'a "quoted"\nline', "position": 0, "year": 1999},
         {"document_id": "2", "text": "NULL", "position": 1, "year": None},
@@ -120,7 +112,7 @@ def test_csv(encode: Callable[[bytes], bytes]) -> None:
 
 
 def test_csv_rows_of_another_width_are_dropped_alone() -> None:
-    documents = read(reader_of(SourceType.csv), b"id,text\n1,a\n2,b,c\n3\n4,d\n5,\xff\n6,\n,g\n")
+    documents = read(reader_of(SourceType.CSV), b"id,text\n1,a\n2,b,c\n3\n4,d\n5,\xff\n6,\n,g\n")
     assert documents.table.select(["document_id", "position"]).to_pydict() == {
         "document_id": ["1", "4"],
         "position": [0, 3],
@@ -139,16 +131,16 @@ def test_parquet_reads_row_groups_and_numbers_rows_in_the_file() -> None:
     rows = 3 * BATCH_ROWS
     table = pa.table({"id": range(rows), "text": [f"text {n}" for n in range(rows)], "unused": [b"x"] * rows})
     data = parquet_bytes(table, row_group_size=BATCH_ROWS + 10)
-    whole = read(reader_of(SourceType.parquet), data)
+    whole = read(reader_of(SourceType.PARQUET), data)
     assert whole.table["document_id"].to_pylist() == [str(n) for n in range(rows)]
     assert whole.table["position"].to_pylist() == list(range(rows))
     parts = [SourcePart("part", start, start + 1) for start in range(3)]
-    pieces = [read(reader_of(SourceType.parquet), data, part=part).table for part in parts]
+    pieces = [read(reader_of(SourceType.PARQUET), data, part=part).table for part in parts]
     assert pa.concat_tables(pieces).equals(whole.table)
 
 
 def test_text_files_are_one_document() -> None:
-    reader = DocumentReader(SourceType.text, (), None, (("path", "string"),), CAP_BYTES)
+    reader = DocumentReader(SourceType.TEXT, (), None, (("path", "string"),), CAP_BYTES)
     documents = read(reader, b"\xef\xbb\xbf# Title\r\n\x00body\n", "notes/a.md")
     assert documents.table.to_pylist() == [
         {"document_id": "notes/a.md", "text": "# Title\r\n\x00body\n", "source": "notes/a.md", "position": 0}
@@ -160,7 +152,7 @@ def test_text_files_are_one_document() -> None:
 
 def test_docstrings_are_documents_with_module_and_kind() -> None:
     keep = (("module", "string"), ("kind", "string"))
-    reader = DocumentReader(SourceType.docstrings, (), None, keep, CAP_BYTES)
+    reader = DocumentReader(SourceType.DOCSTRINGS, (), None, keep, CAP_BYTES)
     source = b'"""Top."""\nclass A:\n    """Class."""\n    def f(self): "Function."\n    def g(self): "\\ud800"\n'
     documents = read(reader, source, "pkg/sub/__init__.py")
     rows = documents.table.to_pylist()
@@ -189,7 +181,7 @@ def test_content_derived_ids_depend_on_text_and_kept_values_alone() -> None:
     keep = (("year", "int64"),)
     expected = hashlib.blake2b(canonical_json({"text": "one", "keep": {"year": "1999"}}), digest_size=16).hexdigest()
     from_json = read_jsonl({"text": "one", "year": 1999, "other": 1}, keep=keep, id=None)
-    from_csv = read(reader_of(SourceType.csv, id=None, keep=keep), b"year,text\n1999,one\n")
+    from_csv = read(reader_of(SourceType.CSV, id=None, keep=keep), b"year,text\n1999,one\n")
     from_parquet = read_parquet(pa.table({"text": ["one"], "year": pa.array([1999], pa.int16())}), keep, id=None)
     for documents in (from_json, from_csv, from_parquet):
         assert documents.table["document_id"].to_pylist() == [expected]
@@ -227,7 +219,7 @@ def test_content_derived_ids_depend_on_text_and_kept_values_alone() -> None:
 )
 def test_a_bad_json_line_is_dropped_alone_with_its_place(line: bytes, reason: str) -> None:
     good = b'{"id": "good", "text": "fine"}'
-    documents = read(reader_of(SourceType.jsonl, keep=(("year", "int64"),)), good + b"\n" + line + b"\n" + good)
+    documents = read(reader_of(SourceType.JSONL, keep=(("year", "int64"),)), good + b"\n" + line + b"\n" + good)
     assert documents.table["text"].to_pylist() == ["fine", "fine"]
     assert reasons(documents.dropped) == {reason: 1}
     assert documents.dropped["position"].to_pylist() == [len(good) + 1]
@@ -363,24 +355,24 @@ def test_a_refusal_names_the_column_and_what_there_is() -> None:
 def test_columns_that_appear_twice_are_refused() -> None:
     twice = pa.table([["a"], ["x"], ["y"]], names=["id", "text", "text"])
     assert refusal(read_parquet(twice)) == "schema_mismatch"
-    assert refusal(read(reader_of(SourceType.csv), b"id,text,text\n1,2,3\n")) == "schema_mismatch"
+    assert refusal(read(reader_of(SourceType.CSV), b"id,text,text\n1,2,3\n")) == "schema_mismatch"
 
 
 def test_csv_without_a_needed_column_or_header_is_refused() -> None:
-    assert refusal(read(reader_of(SourceType.csv), b"id,body\n1,2\n")) == "missing_column"
-    assert refusal(read(reader_of(SourceType.csv), b"")) == "unreadable_file"
-    assert read(reader_of(SourceType.csv), b"id,text\n").rows_in == 0
+    assert refusal(read(reader_of(SourceType.CSV), b"id,body\n1,2\n")) == "missing_column"
+    assert refusal(read(reader_of(SourceType.CSV), b"")) == "unreadable_file"
+    assert read(reader_of(SourceType.CSV), b"id,text\n").rows_in == 0
 
 
 # ---- text survives
 
 
-@pytest.mark.parametrize("source_type", [SourceType.jsonl, SourceType.csv, SourceType.text])
+@pytest.mark.parametrize("source_type", [SourceType.JSONL, SourceType.CSV, SourceType.TEXT])
 def test_the_byte_order_mark_of_a_file_is_no_part_of_its_text(source_type: SourceType) -> None:
     contents = {
-        SourceType.jsonl: '\ufeff{"id": "1", "text": "\ufeffx"}\n',
-        SourceType.csv: "\ufeffid,text\n1,\ufeffx\n",
-        SourceType.text: "\ufeff\ufeffx",
+        SourceType.JSONL: '\ufeff{"id": "1", "text": "\ufeffx"}\n',
+        SourceType.CSV: "\ufeffid,text\n1,\ufeffx\n",
+        SourceType.TEXT: "\ufeff\ufeffx",
     }
     documents = read(reader_of(source_type), contents[source_type].encode())
     assert documents.table["text"].to_pylist() == ["\ufeffx"]
@@ -395,7 +387,7 @@ def test_text_and_id_survive_byte_exactly(text: str, document_id: str) -> None:
     tables = [
         read_jsonl(row),
         read_parquet(pa.table({"id": [document_id], "text": [text]})),
-        read(reader_of(SourceType.csv), f'id,text\n"{csv_id}","{csv_text}"\n'.encode()),
+        read(reader_of(SourceType.CSV), f'id,text\n"{csv_id}","{csv_text}"\n'.encode()),
     ]
     for documents in tables:
         if text.strip():
@@ -429,7 +421,7 @@ DAMAGED = pa.table(
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd", "use_dictionary": False, "row_group_size": 100}])
 def test_truncated_or_flipped_parquet_is_equal_or_refused(options: dict[str, object]) -> None:
     data = parquet_bytes(DAMAGED, **options)
-    reader = reader_of(SourceType.parquet, keep=(("year", "int64"),))
+    reader = reader_of(SourceType.PARQUET, keep=(("year", "int64"),))
     intact = read(reader, data).table
     generator = random.Random(15)
     offsets = sorted(generator.sample(range(len(data)), 100)) + list(range(len(data) - 60, len(data)))
@@ -452,8 +444,8 @@ def test_damaged_parquet_without_checksums_never_raises() -> None:
         flipped = bytearray(data)
         for _ in range(generator.choice([1, 1, 3, 20])):
             flipped[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        read(reader_of(SourceType.parquet, keep=(("year", "int64"),)), bytes(flipped))  # checks that rows add up
-        split_source(SourceType.parquet, "part", len(data), io.BytesIO(flipped), 1_000)
+        read(reader_of(SourceType.PARQUET, keep=(("year", "int64"),)), bytes(flipped))  # checks that rows add up
+        split_source(SourceType.PARQUET, "part", len(data), io.BytesIO(flipped), 1_000)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -461,9 +453,9 @@ def test_a_compressed_file_that_breaks_is_refused_as_a_whole(suffix: str) -> Non
     lines = b"".join(json.dumps({"id": n, "text": f"text {n}"}).encode() + b"\n" for n in range(20_000))
     data = gzip.compress(lines) if suffix == ".gz" else zstd(lines)
     for damaged in (data[:-3], data[: len(data) // 2], data + b"trailing"):
-        assert refusal(read(reader_of(SourceType.jsonl), damaged, f"a.jsonl{suffix}")) == "unreadable_file"
+        assert refusal(read(reader_of(SourceType.JSONL), damaged, f"a.jsonl{suffix}")) == "unreadable_file"
     csv_data = gzip.compress(b"id,text\n1,x\n")
-    assert refusal(read(reader_of(SourceType.csv), csv_data[:-1], "a.csv.gz")) == "unreadable_file"
+    assert refusal(read(reader_of(SourceType.CSV), csv_data[:-1], "a.csv.gz")) == "unreadable_file"
 
 
 def test_what_the_stream_raises_is_not_the_content() -> None:
@@ -479,7 +471,7 @@ def test_what_the_stream_raises_is_not_the_content() -> None:
 
 def test_the_stream_stays_open() -> None:
     stream = io.BytesIO(parquet_bytes(DAMAGED))
-    read_documents(reader_of(SourceType.parquet), SourcePart("a"), stream, len(stream.getvalue()))
+    read_documents(reader_of(SourceType.PARQUET), SourcePart("a"), stream, len(stream.getvalue()))
     assert not stream.closed
 
 
@@ -488,9 +480,10 @@ def test_the_stream_stays_open() -> None:
 BOMB_SCRIPT = """
 import io, resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
-from penstock.operators.reading import DocumentReader, SourcePart, SourceType, read_documents
+from penstock.operators.documents import DocumentReader, SourcePart, SourceType
+from penstock.operators.reading import read_documents
 path = sys.argv[1]
-source_type = SourceType.parquet if path.endswith(".parquet") else SourceType.jsonl
+source_type = SourceType.PARQUET if path.endswith(".parquet") else SourceType.JSONL
 reader = DocumentReader(source_type, ("text",), None, (), 64 << 20)
 data = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -528,10 +521,10 @@ def test_a_bomb_is_refused_within_bounded_memory(path: str, data: bytes) -> None
 
 
 def test_files_beyond_the_cap_are_refused_before_they_are_read() -> None:
-    for source_type in (SourceType.jsonl, SourceType.csv, SourceType.text):
+    for source_type in (SourceType.JSONL, SourceType.CSV, SourceType.TEXT):
         reader = reader_of(source_type, max_bytes=10)
         assert refusal(read(reader, b"x" * 11)) == "file_too_large"
-    reader = reader_of(SourceType.parquet, max_bytes=1_000)
+    reader = reader_of(SourceType.PARQUET, max_bytes=1_000)
     documents = read(reader, parquet_bytes(DAMAGED))
     assert refusal(documents) == "file_too_large"
     assert "1000" in documents.dropped["detail"][0].as_py()
@@ -552,9 +545,9 @@ def test_files_beyond_the_cap_are_refused_before_they_are_read() -> None:
 )
 def test_jsonl_parts_together_equal_the_whole(lines: list[bytes], newline: bytes, ends: bool, part_bytes: int) -> None:
     data = newline.join(lines) + (newline if ends else b"")
-    reader = reader_of(SourceType.jsonl)
+    reader = reader_of(SourceType.JSONL)
     whole = read(reader, data, "a.jsonl")
-    parts = split_source(SourceType.jsonl, "a.jsonl", len(data), io.BytesIO(data), part_bytes)
+    parts = split_source(SourceType.JSONL, "a.jsonl", len(data), io.BytesIO(data), part_bytes)
     pieces = [read(reader, data, part=part) for part in parts]
     assert pa.concat_tables([piece.table for piece in pieces]).equals(whole.table)
     assert pa.concat_tables([piece.dropped for piece in pieces]).equals(whole.dropped)
@@ -563,9 +556,9 @@ def test_jsonl_parts_together_equal_the_whole(lines: list[bytes], newline: bytes
 def test_jsonl_lines_longer_than_a_read_and_than_a_part() -> None:
     texts = ["a" * (2 * READ_BYTES + 3), "b", "c" * READ_BYTES, "d" * (READ_BYTES + 1)]
     data = b"\n".join(json.dumps({"id": n, "text": text}).encode() for n, text in enumerate(texts))
-    reader = reader_of(SourceType.jsonl)
+    reader = reader_of(SourceType.JSONL)
     assert read(reader, data).table["text"].to_pylist() == texts
-    parts = split_source(SourceType.jsonl, "part", len(data), None, READ_BYTES // 3)
+    parts = split_source(SourceType.JSONL, "part", len(data), None, READ_BYTES // 3)
     assert len(parts) > 10
     assert pa.concat_tables([read(reader, data, part=part).table for part in parts])["text"].to_pylist() == texts
 
@@ -573,8 +566,8 @@ def test_jsonl_lines_longer_than_a_read_and_than_a_part() -> None:
 def test_a_line_beyond_the_cap_refuses_only_the_part_it_begins_in() -> None:
     good = b'{"id": "1", "text": "x"}\n'
     data = good * 10 + b'{"id": "2", "text": "' + b"x" * (3 * READ_BYTES) + b'"}\n' + good
-    reader = reader_of(SourceType.jsonl, max_bytes=1000)
-    parts = split_source(SourceType.jsonl, "part", len(data), None, 500)
+    reader = reader_of(SourceType.JSONL, max_bytes=1000)
+    parts = split_source(SourceType.JSONL, "part", len(data), None, 500)
     results = [read(reader, data, part=part) for part in parts]
     assert [result.table.num_rows for result in results if result.table.num_rows] == [1]
     assert refusal(results[0]) == "file_too_large"
@@ -584,27 +577,27 @@ def test_a_line_beyond_the_cap_refuses_only_the_part_it_begins_in() -> None:
 @pytest.mark.parametrize("part_bytes", [1, 3_000, 10_000, 10**9])
 def test_parquet_parts_together_equal_the_whole(part_bytes: int) -> None:
     data = parquet_bytes(DAMAGED, row_group_size=37, compression="none")
-    reader = reader_of(SourceType.parquet)
+    reader = reader_of(SourceType.PARQUET)
     whole = read(reader, data)
-    parts = split_source(SourceType.parquet, "part", len(data), io.BytesIO(data), part_bytes)
-    assert parts == split_source(SourceType.parquet, "part", len(data), io.BytesIO(data), part_bytes)
+    parts = split_source(SourceType.PARQUET, "part", len(data), io.BytesIO(data), part_bytes)
+    assert parts == split_source(SourceType.PARQUET, "part", len(data), io.BytesIO(data), part_bytes)
     assert pa.concat_tables([read(reader, data, part=part).table for part in parts]).equals(whole.table)
     assert (len(parts) == 1) == (part_bytes == 10**9)
 
 
 def test_a_part_beyond_the_row_groups_of_a_file_is_refused() -> None:
-    documents = read(reader_of(SourceType.parquet), parquet_bytes(DAMAGED), part=SourcePart("part", 1, 3))
+    documents = read(reader_of(SourceType.PARQUET), parquet_bytes(DAMAGED), part=SourcePart("part", 1, 3))
     assert refusal(documents) == "unreadable_file"
     assert "part 1 to 3" in documents.dropped["detail"][0].as_py()
 
 
 def test_what_cannot_be_split_is_one_part() -> None:
     whole = [SourcePart("a.jsonl.gz")]
-    assert split_source(SourceType.jsonl, "a.jsonl.gz", 100, None, 10) == whole
-    assert split_source(SourceType.csv, "a.csv", 100, None, 10) == [SourcePart("a.csv")]
-    assert split_source(SourceType.parquet, "a", 100, io.BytesIO(b"x" * 100), 10) == [SourcePart("a")]
+    assert split_source(SourceType.JSONL, "a.jsonl.gz", 100, None, 10) == whole
+    assert split_source(SourceType.CSV, "a.csv", 100, None, 10) == [SourcePart("a.csv")]
+    assert split_source(SourceType.PARQUET, "a", 100, io.BytesIO(b"x" * 100), 10) == [SourcePart("a")]
     with pytest.raises(ValueError, match=r"part_bytes \(0\) must be positive"):
-        split_source(SourceType.jsonl, "a", 100, None, 0)
+        split_source(SourceType.JSONL, "a", 100, None, 0)
 
 
 # ---- columns
@@ -613,17 +606,17 @@ def test_what_cannot_be_split_is_one_part() -> None:
 def test_probe_columns() -> None:
     parquet = io.BytesIO(parquet_bytes(DAMAGED))
     types = {"id": pa.string(), "text": pa.string(), "year": pa.int64()}
-    assert probe_columns(SourceType.parquet, "a.parquet", parquet) == types
-    assert probe_columns(SourceType.csv, "a.csv", io.BytesIO(b'\xef\xbb\xbfid,"te\nxt"\n1,2\n')) == {
+    assert probe_columns(SourceType.PARQUET, "a.parquet", parquet) == types
+    assert probe_columns(SourceType.CSV, "a.csv", io.BytesIO(b'\xef\xbb\xbfid,"te\nxt"\n1,2\n')) == {
         "id": None,
         "te\nxt": None,
     }
     lines = gzip.compress(b'\n{bad\n{"id": 1, "text": "x"}\n')
-    assert probe_columns(SourceType.jsonl, "a.jsonl.gz", io.BytesIO(lines)) == {"id": None, "text": None}
-    assert probe_columns(SourceType.docstrings, "a.py", io.BytesIO(b"")) == {"module": pa.string(), "kind": pa.string()}
+    assert probe_columns(SourceType.JSONL, "a.jsonl.gz", io.BytesIO(lines)) == {"id": None, "text": None}
+    assert probe_columns(SourceType.DOCSTRINGS, "a.py", io.BytesIO(b"")) == {"module": pa.string(), "kind": pa.string()}
 
 
-@pytest.mark.parametrize("source_type", [SourceType.parquet, SourceType.csv])
+@pytest.mark.parametrize("source_type", [SourceType.PARQUET, SourceType.CSV])
 def test_probing_what_is_not_of_the_type_names_the_file(source_type: SourceType) -> None:
     with pytest.raises(ValueError, match=f"columns of a/b cannot be read as {source_type}"):
         probe_columns(source_type, "a/b", io.BytesIO(b""))
@@ -641,9 +634,9 @@ def test_probing_what_is_not_of_the_type_names_the_file(source_type: SourceType)
 )
 def test_a_reader_that_cannot_work_is_refused_when_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(reader_of(SourceType.jsonl), **arguments)
+        replace(reader_of(SourceType.JSONL), **arguments)
 
 
 def test_text_and_docstrings_offer_only_their_own_metadata() -> None:
     with pytest.raises(ValueError, match="docstrings offers module, kind"):
-        DocumentReader(SourceType.docstrings, (), None, (("path", "string"),), 1)
+        DocumentReader(SourceType.DOCSTRINGS, (), None, (("path", "string"),), 1)
