@@ -331,7 +331,7 @@ def _message(detail: dict[str, Any], where: Location, content: dict[str, Any]) -
         case "dict_type" | "model_type" | "model_attributes_type":
             return f"({got}) must be a mapping of keys to values"
         case _:
-            rule = str(detail["msg"]).removeprefix("Input ").replace("should", "must")
+            rule = re.sub(r"^(Input|String|Tuple) (?=should)", "", str(detail["msg"])).replace("should", "must")
             return f"({got}) {rule}"
 
 

@@ -421,9 +421,11 @@ class Run:
         task = TrainingTask(
             self._store.url, chain.embeddings_fingerprint, fragments, chain.rows, chain.spec, chain.training_fingerprint
         )
+        started = time.monotonic()
         with self._reporter.stage(TRAINING, 1, "index") as advance:
             rows = self._session.run(train, task)
             advance(1, f"{chain.spec.factory} on {rows:,} vectors")
+        self._entries.append(self._whole_entry(TRAINING, rows, started))
 
     def _shards(self, chain: Chain, vectors: int) -> list[ShardRecord]:
         started = time.monotonic()
@@ -447,6 +449,7 @@ class Run:
                 fragments_done_before=before,
                 seconds=time.monotonic() - started,
                 busy_s=sum(record.busy_s for record in built),
+                bytes_read=sum(record.bytes_read for record in built),
                 bytes_written=sum(file.size_bytes for record in built for file in record.files),
             )
         )
@@ -478,10 +481,18 @@ class Run:
         record = read_json(self._store, path)
         if record is not None:
             return record
+        started = time.monotonic()
         with self._reporter.stage(EVALUATION, 2 * len(shards), "shards") as advance:
             record = evaluate(self._session, self.resolved, chain, shards, self._store.url, advance)
         write_json(self._store, path, record)
+        self._entries.append(self._whole_entry(EVALUATION, chain.rows, started))
         return record
+
+    def _whole_entry(self, stage: str, vectors: int, started: float) -> StageEntry:
+        """The entry of a stage that reads vectors and loses none."""
+        seconds = time.monotonic() - started
+        bytes_read = vectors * vector_bytes(self.resolved)
+        return StageEntry(stage, vectors, vectors, seconds=seconds, busy_s=seconds, bytes_read=bytes_read)
 
     def _dead_letters(self, chain: Chain, receipts: Sequence[Receipt]) -> None:
         passages = self.resolved.stage_fingerprint(PASSAGES)

@@ -47,6 +47,7 @@ class ShardRecord:
     folder: str
     files: tuple[FileRecord, ...]
     busy_s: float = field(default=0.0, compare=False)
+    bytes_read: int = field(default=0, compare=False)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -102,23 +103,26 @@ def build_shard(task: ShardTask) -> ShardRecord:
     job, store = task.job, connect(task.job.root)
     with tempfile.TemporaryDirectory(prefix="penstock-shard-") as place:
         folder = Path(place)
-        rows = _write_rows(task, store, folder)
+        rows, bytes_read = _write_rows(task, store, folder)
         duplicates = _write_duplicates(task, store, folder / shard_file(task.shard, DUPLICATES))
         files = tuple(_upload(store, job.folder, path) for path in sorted(folder.iterdir()))
-    record = ShardRecord(task.shard, rows, duplicates, job.folder, files, time.perf_counter() - started)
+    busy_s = time.perf_counter() - started
+    record = ShardRecord(task.shard, rows, duplicates, job.folder, files, busy_s, bytes_read)
     store.write(shard_record_path(job.fingerprint, task.shard), record.to_json())
     return record
 
 
-def _write_rows(task: ShardTask, store: Store, folder: Path) -> int:
-    """The faiss file, ids, rows and (for re-ranking) vectors, row i of each being the same passage."""
-    job = task.job
+def _write_rows(task: ShardTask, store: Store, folder: Path) -> tuple[int, int]:
+    """The faiss file, ids, rows and (for re-ranking) vectors, row i of each being the same passage; rows and bytes
+    read."""
+    job, bytes_read = task.job, 0
     builder = ShardBuilder(store.read(trained_path(job.training_fingerprint)), threads=1)
     vectors_path = folder / shard_file(task.shard, VECTORS)
     vectors = VectorWriter(vectors_path, job.spec.dimension, np.float16) if job.rerank else None
     ids_writer: pa.ipc.RecordBatchFileWriter | None = None
     rows_writer: pa.ipc.RecordBatchFileWriter | None = None
     for embedded, passages in _slices(task, store):
+        bytes_read += embedded.nbytes + passages.nbytes
         batch = vectors_of(embedded.column("embedding"))
         builder.add(batch.astype(np.float32))
         if vectors:
@@ -133,7 +137,7 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> int:
         if writer is not None:
             writer.close()
     builder.write(folder / shard_file(task.shard, FAISS))
-    return builder.ntotal
+    return builder.ntotal, bytes_read
 
 
 def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]]:

@@ -142,9 +142,14 @@ MOMENTS: dict[str, str] = {
 }
 
 
+WORKING_MOMENTS = ("while cutting passages", "while embedding", "while building shards", "after training")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("victim", ["driver", "workers"])
+@pytest.mark.parametrize(
+    ("moment", "victim"),
+    [(moment, "driver") for moment in MOMENTS] + [(moment, "workers") for moment in WORKING_MOMENTS],
+)
 def test_kill_at_any_stage(
     crowd: Workspace, clean: dict[str, list[float]], tmp_path: Path, moment: str, victim: str
 ) -> None:
