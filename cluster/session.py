@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -60,7 +62,7 @@ class Session:
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if not address:
                 options |= {"include_dashboard": False, "object_store_memory": self._object_store_bytes}
-            with _quiet_stderr():
+            with _quiet_stderr(), _own_sigterm():
                 ray.init(address=address, **options)
             self._owns = True
         _quiet_ray_data()
@@ -147,6 +149,19 @@ def _quiet_ray_data() -> None:
     warnings.filterwarnings("ignore", module=r"ray\.data")  # advice on concurrency, repeated for each stage
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the process's own SIGTERM handler: Ray installs one that ends the process where it stands."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, own)
 
 
 @contextlib.contextmanager

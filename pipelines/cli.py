@@ -212,7 +212,8 @@ def validate(file: File, set_: Overrides = None, json_: AsJson = False) -> None:
     """Check a pipeline file, and that its files, columns and model are there."""
     pipeline = Pipeline.load(file, set_ or ())
     made = pipeline.plan()
-    summary = f"{file} is valid: {len(made.resolved.files)} files in {len(made.resolved.fragments)} fragments"
+    files, fragments = len(made.resolved.files), len(made.resolved.fragments)
+    summary = f"{file} is valid; files: {files}, fragments: {fragments}, model: {made.resolved.card.reference}"
     record = {
         "valid": True,
         "warnings": list(made.resolved.warnings),

@@ -22,7 +22,7 @@ class Check:
 
     def __str__(self) -> str:
         sign = "≥" if self.at_least else "≤"
-        verdict = "passed" if self.passed else f"missed by {abs(self.measured - self.bound):.2g}"
+        verdict = "passed" if self.passed else f"missed by {abs(self.measured - self.bound):.3g}"
         return f"{self.name} {self.measured:.4f} {sign} {self.bound:g}: {verdict}"
 
     def to_json(self) -> dict[str, Any]:

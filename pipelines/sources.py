@@ -29,6 +29,7 @@ from penstock.pipelines.loading import Origin, PipelineFileInvalid
 # Files below this share of fragment_bytes are gathered; larger ones are fragments of their own.
 SMALL_FILE_SHARE = 0.25
 HASHING_THREADS = 4
+HASHING_GROUP = 64
 PROBED_FILES = 16  # a corpus whose first files are all damaged is rather of another type
 
 
@@ -61,7 +62,9 @@ def find_files(documents: Documents, origin: Origin) -> list[SourceFile]:
     """
     found = _listed(documents, origin)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        files = list(pool.map(lambda item: _identified(*item), found))
+        # In groups: handing over single small files costs more than hashing them.
+        groups = [found[i : i + HASHING_GROUP] for i in range(0, len(found), HASHING_GROUP)]
+        files = [file for group in pool.map(_identified_all, groups) for file in group]
     files.sort(key=lambda file: file.source)
     for one, other in zip(files, files[1:], strict=False):
         if one.source == other.source:
@@ -145,6 +148,10 @@ def _matching(pattern: str, several: bool, origin: Origin) -> list[tuple[Store, 
         raise PipelineFileInvalid([origin.problem("documents.path", rule)])
     prefix = f"{os.path.basename(store.url.rstrip('/'))}/" if several else ""
     return [(store, info, prefix + info.path) for info in infos]
+
+
+def _identified_all(found: list[tuple[Store, ObjectInfo, str]]) -> list[SourceFile]:
+    return [_identified(*item) for item in found]
 
 
 def _identified(store: Store, info: ObjectInfo, source: str) -> SourceFile:
