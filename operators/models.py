@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE_PREFIX = "package:"
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+# Code comes along but is only run where the pipeline file says trust_remote_code.
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",

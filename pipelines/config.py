@@ -11,7 +11,8 @@ from penstock.operators.indexing import Codec, Family, Metric
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)]
+Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 ColumnType = Literal["string", "int64", "float64", "bool", "timestamp"]
 ENVIRONMENT_PATHS = (
@@ -106,7 +107,9 @@ class Workers(Section):
 
     count: Count | None = Field(None, description="Workers; without it, as many as the cluster's CPUs or GPUs allow.")
     cpus: Count = Field(1, description="CPUs, and so threads, of a worker.")
-    gpus: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of a worker; may be a fraction.")
+    gpus: Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)] = Field(
+        0.0, description="GPUs of a worker; may be a fraction."
+    )
 
 
 class Embedding(Section):
@@ -118,7 +121,7 @@ class Embedding(Section):
     prompts: Prompts | None = None
     batch_tokens: Count = Field(DEFAULT_BATCH_TOKENS, description="Padded tokens of a batch.")
     store: Literal["float16", "float32"] = Field("float16", description="Format of the stored vectors.")
-    trust_remote_code: bool = Field(False, description="Run Python code that the model's folder brings along.")
+    trust_remote_code: Switch = Field(False, description="Run Python code that the model's folder brings along.")
     workers: Workers = Workers()
 
 
@@ -134,9 +137,9 @@ class Index(Section):
     family: Family = Family.HNSW
     codec: Codec = Codec.NONE
     metric: Metric = Metric.COSINE
-    shards: Count = 1
+    shards: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
     recall: Share = Field(0.95, description="Recall that the default operating point must reach.")
-    rerank: bool = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")
+    rerank: Switch = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")
     hnsw_m: Count | None = Field(None, description="Links per vertex (family hnsw); default 32.")
     ef_construction: Count | None = Field(None, description="Candidates while building (family hnsw); default 100.")
     nlist: Count | None = Field(

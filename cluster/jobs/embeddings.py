@@ -324,7 +324,7 @@ def _known_by_hash(store: Store, job: EmbeddingJob, fragment: str, wanted: set[b
     found: dict[bytes, np.ndarray] = {}
     for path in job.known:
         with store.open(path) as stream:
-            known = pq.read_table(stream, filters=[("fragment", "==", fragment)])
+            known = pq.read_table(stream, filters=[("fragment", "==", fragment)], page_checksum_verification=True)
         for donor in pc.unique(known.column("donor")).to_pylist():
             rows = known.filter(pc.equal(known.column("donor"), donor)).column("donor_row")
             held = read_fragment(store, fragment_path(EMBEDDINGS, job.fingerprint, donor), ["text_hash", "embedding"])

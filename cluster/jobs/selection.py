@@ -267,7 +267,8 @@ def _losers_of(store: Store, job: SelectionJob, fragment: str) -> pa.Table:
     tables = [LOSER_SCHEMA.empty_table()]
     for name in sorted(name for name in store.names(folder) if name.startswith("losers-")):
         with store.open(f"{folder}/{name}") as stream:
-            tables.append(pq.read_table(stream, filters=[("fragment", "==", fragment)]).replace_schema_metadata())
+            table = pq.read_table(stream, filters=[("fragment", "==", fragment)], page_checksum_verification=True)
+            tables.append(table.replace_schema_metadata())
     return pa.concat_tables(tables).select(["document_id", "source", "position"])
 
 
