@@ -64,18 +64,31 @@ class Catalog:
         """Published versions, oldest first by the time of their manifests on the store's clock."""
         found = []
         for version in self.store.folders(f"{self.folder}/versions"):
-            if info := self.store.info(f"{self.folder}/versions/{version}/{MANIFEST}"):
+            info = self.store.info(f"{self.folder}/versions/{version}/{MANIFEST}")
+            if info is not None and self.has_manifest(version):
                 found.append((info.modified, version))
         return [version for _, version in sorted(found)]
 
     def has_manifest(self, version: str) -> bool:
-        """Whether the version is published."""
-        return self.store.info(self._manifest_path(version)) is not None
+        """Whether the version is published: its manifest is there and can be read; a damaged one is told and passed
+        over."""
+        try:
+            self.manifest(version)
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            logger.warning("%s", error)
+            return False
+        return True
 
     def manifest(self, version: str) -> dict[str, Any]:
         """The manifest as stored; FileNotFoundError when the version is not published."""
         path = self._manifest_path(version)
-        manifest = json.loads(self.store.read(path))
+        data = self.store.read(path)
+        try:
+            manifest = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"manifest `{path}` is damaged ({error}); restore it from a copy or remove it") from error
         if not isinstance(manifest, dict):
             raise ValueError(f"manifest `{path}`: a JSON object, got {type(manifest).__name__}; restore it or drop it")
         return manifest

@@ -7,7 +7,8 @@ from pathlib import Path
 from penstock.cluster.corpus_files import open_corpus
 from penstock.cluster.storage import Store, open_store
 from penstock.operators.chunking import PassageTokenizer
-from penstock.operators.models import ModelUnavailable, resolve_model, tokenizer_folder
+from penstock.operators.encoding import ModelMismatch
+from penstock.operators.models import ModelUnavailable, hash_tokenizer, resolve_model, tokenizer_folder
 
 CACHE_VARIABLE = "PENSTOCK_CACHE"
 S3_PREFIX = "s3://"
@@ -42,8 +43,16 @@ def model_folder(reference: str) -> Path:
 
 
 @functools.cache
-def tokenizer(reference: str) -> PassageTokenizer:
-    return PassageTokenizer(tokenizer_folder(model_folder(reference)))
+def tokenizer(reference: str, expected_hash: str) -> PassageTokenizer:
+    """The tokenizer of a model on this node, which must be the one that the plan was made with."""
+    folder = model_folder(reference)
+    found = hash_tokenizer(folder)
+    if found != expected_hash:
+        raise ModelMismatch(
+            f"tokenizer of the model ({reference}) must be {expected_hash[:16]}, which the run was planned with, got "
+            f"{found[:16]} on this node; pin the model's revision, or give all nodes the same folder"
+        )
+    return PassageTokenizer(tokenizer_folder(folder))
 
 
 def _fetch_model(reference: str) -> Path:

@@ -11,7 +11,7 @@ from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, 
 from penstock.cluster.layout import shard_file
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.node import cache_folder
-from penstock.cluster.storage import Store
+from penstock.cluster.storage import Store, checked_path
 from penstock.operators.indexing import Family, Metric, open_index
 from penstock.operators.searching import ShardSearcher, open_vectors
 
@@ -29,13 +29,20 @@ def verified_file(store: Store, folder: str, record: FileRecord) -> Path:
     """
     place = f"{folder}/{record.name}"
     if isinstance(store, LocalStore):
-        path = store.root / place
+        path = store.root / checked_path(place)
     else:
         path = cache_folder() / "objects" / record.sha256
-        if not path.exists():
+        if _sha256(path) != record.sha256:
             path.parent.mkdir(parents=True, exist_ok=True)
             store.download(place, path)
-    _check(path, place, record)
+    found = _sha256(path)
+    if found != record.sha256:
+        if not isinstance(store, LocalStore):
+            path.unlink(missing_ok=True)
+        raise DamagedFile(
+            f"published file ({place}) must have sha256 {record.sha256[:16]}, got {found[:16]}; "
+            "restore it from a copy, or roll the alias back and run the pipeline again"
+        )
     return path
 
 
@@ -72,13 +79,8 @@ def _open_kind(store: Store, shard: ShardRecord, kind: str) -> pa.Table:
     return read_ipc(verified_file(store, shard.folder, record))
 
 
-def _check(path: Path, place: str, record: FileRecord) -> None:
-    found = "no file"
-    if path.exists():
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != record.sha256:
-        raise DamagedFile(
-            f"published file ({place}) must have sha256 {record.sha256[:16]}, got {found[:16]}; "
-            "restore it from a copy, or roll the alias back and run the pipeline again"
-        )
+def _sha256(path: Path) -> str:
+    if not path.exists():
+        return "no file"
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -25,6 +25,7 @@ TROUBLE_BY_CODE = {
     **dict.fromkeys(("PreconditionFailed", "412"), Trouble.PRECONDITION),
     **dict.fromkeys(("NoSuchKey", "NoSuchUpload", "404"), Trouble.ABSENT),
     "NoSuchBucket": Trouble.NO_BUCKET,
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "ExpiredTokenException"), Trouble.NO_ACCESS),
     **dict.fromkeys(
         ("RequestTimeout", "IncompleteBody", "SlowDown", "InternalError", "ServiceUnavailable"), Trouble.TRANSIENT
     ),

@@ -63,7 +63,7 @@ class Session:
             if not address:
                 options |= {"include_dashboard": False, "object_store_memory": self._object_store_bytes}
             with _quiet_stderr(), _own_sigterm():
-                ray.init(address=address, **options)
+                ray.init(address=address or "local", **options)
             self._owns = True
         _quiet_ray_data()
         self._started = True

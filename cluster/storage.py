@@ -247,5 +247,5 @@ def leftover_limit(now: datetime, grace_s: float) -> datetime:
 
 def redact(text: str) -> str:
     """The text without passwords in URLs and without the parameters of signed URLs."""
-    text = re.sub(r"//[^/@\s]*@", "//***@", text)
+    text = re.sub(r"//(?:[^/@\s]*|[^/:@\s]*:[^@\s]*)@", "//***@", text)
     return re.sub(r"([?&][\w-]*(?:signature|credential|token|key)[\w-]*)=[^&\s\"']*", r"\1=***", text, flags=re.I)

@@ -17,7 +17,7 @@ STAGE = "documents"
 WHOLE_FILE = -1  # the position of a dead letter that stands for a file, not for a row of it
 RESERVED_COLUMNS = frozenset(
     ["document_id", "text", "source", "position", "passage_id", "ordinal", "start", "end", "tokens", "row_hash"]
-    + ["text_hash", "normal_hash"]
+    + ["text_hash", "normal_hash", "document_hash", "id", "similarity"]
 )
 
 

@@ -99,7 +99,7 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
     return ModelCard(
         reference=reference,
         weights_hash=_hash_files(folder, weights),
-        tokenizer_hash=_hash_files(folder, [path for path in _files(folder) if path.name in TOKENIZER_FILES]),
+        tokenizer_hash=hash_tokenizer(folder),
         configuration_hash=_hash_files(folder, _configuration_files(folder)),
         dimension=_dimension(folder, base, modules, reference),
         max_tokens=_max_tokens(base, modules),
@@ -158,6 +158,11 @@ def _configuration_files(folder: Path) -> list[Path]:
         if path.name in CONFIGURATION_NAMES or path.suffix == ".py":
             chosen.append(path)
     return chosen
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """Identity of the tokenizer of the model in `folder`: sha256 over its files."""
+    return _hash_files(folder, [path for path in _files(folder) if path.name in TOKENIZER_FILES])
 
 
 def _hash_files(folder: Path, files: list[Path]) -> str:

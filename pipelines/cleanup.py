@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import pyarrow.compute as pc
@@ -31,6 +31,7 @@ class Removal:
     what: str
     paths: tuple[str, ...]
     size_bytes: int
+    version: tuple[str, str] | None = None
 
 
 def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run: bool) -> list[Removal]:
@@ -57,11 +58,22 @@ def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run:
         removals = [removal for removal in _removals(store, indexes, keep, limit) if removal.paths]
         if not dry_run:
             for removal in removals:
+                if _is_aliased(store, removal):
+                    continue
                 # A manifest goes first: without it nothing is a version any more, whatever is left when this is cut
                 # short.
                 store.delete(sorted(removal.paths, key=lambda path: not path.endswith("manifest.json")))
             store.remove_leftovers(grace_hours * 3600)
     return removals
+
+
+def _is_aliased(store: Store, removal: Removal) -> bool:
+    """Whether an alias was moved to a version after clean-up decided on it: promote and rollback wait for no lease."""
+    if removal.version is None:
+        return False
+    index, version = removal.version
+    catalog = Catalog(store, index)
+    return any(entry.version == version for name in catalog.aliases() if (entry := catalog.alias(name)))
 
 
 def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetime) -> Iterator[Removal]:
@@ -74,7 +86,7 @@ def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetim
         for version in sorted(store.folders(f"indexes/{index}/versions") - kept):
             objects = list(store.list(catalog.version_folder(version)))
             if objects and max(info.modified for info in objects) < limit:
-                yield _removal(f"version {index}/{version}", objects)
+                yield replace(_removal(f"version {index}/{version}", objects), version=(index, version))
     yield from _stage_removals(store, needed, limit)
     yield from _run_removals(store, limit)
 

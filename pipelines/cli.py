@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
 import typer
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
 from penstock.cluster.jobs.evaluation import QueriesInvalid
 from penstock.cluster.jobs.passages import SourceChanged
 from penstock.cluster.jobs.selection import DuplicateDocumentIds
+from penstock.cluster.jobs.training import DamagedTraining
 from penstock.cluster.leases import LeaseHeld, LeaseLost
 from penstock.cluster.published import DamagedFile
 from penstock.cluster.session import WorkFailed
@@ -25,7 +27,7 @@ from penstock.pipelines.ledger import LedgerDisagrees
 from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.pipeline import Pipeline
 from penstock.pipelines.progress import choose_reporter
-from penstock.pipelines.reader import AliasUnknown, find_alias, open_index
+from penstock.pipelines.reader import AliasUnknown, CodeNotTrusted, find_alias, open_index
 from penstock.pipelines.reporting import (
     answer_rows,
     answers_view,
@@ -50,6 +52,8 @@ EXIT_CODES: dict[type[BaseException], int] = {
     ModelUnavailable: EXIT_INVALID,
     QueriesInvalid: EXIT_INVALID,
     AliasUnknown: EXIT_INVALID,
+    CodeNotTrusted: EXIT_INVALID,
+    DamagedTraining: EXIT_FAILED,
     GraceTooShort: EXIT_INVALID,
     DuplicateDocumentIds: EXIT_INVALID,
     StoreUnsuitable: EXIT_INVALID,
@@ -63,8 +67,8 @@ EXIT_CODES: dict[type[BaseException], int] = {
     StorageUnavailable: EXIT_FAILED,
     LedgerDisagrees: EXIT_FAILED,
     WorkFailed: EXIT_FAILED,
-    PermissionError: EXIT_FAILED,
-    FileNotFoundError: EXIT_FAILED,
+    OSError: EXIT_FAILED,
+    pa.ArrowException: EXIT_FAILED,
     ValueError: EXIT_INVALID,
 }
 
@@ -133,10 +137,11 @@ def search(
     texts: Annotated[list[str], typer.Argument(help="What to look for; several texts are several queries.")],
     root: Root,
     k: Annotated[int, typer.Option(min=1, help="Answers for each query.")] = 5,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Search the version that an alias points to."""
-    index = open_index(root, alias)
+    index = open_index(root, alias, trust_remote_code=trust_remote_code)
     found = index.search(texts, k, rows=True)
     tables = found.rows or []
     if json_:

@@ -140,7 +140,9 @@ class Index(Section):
     shards: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
     recall: Share = Field(0.95, description="Recall that the default operating point must reach.")
     rerank: Switch = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")
-    hnsw_m: Count | None = Field(None, description="Links per vertex (family hnsw); default 32.")
+    hnsw_m: Annotated[int, Field(strict=True, ge=2, le=512)] | None = Field(
+        None, description="Links per vertex (family hnsw); default 32."
+    )
     ef_construction: Count | None = Field(None, description="Candidates while building (family hnsw); default 100.")
     nlist: Count | None = Field(
         None, description="Cells (family ivf); default about 4 times the root of a shard's rows."
@@ -150,7 +152,7 @@ class Index(Section):
         None, description="Bits per component (codec rabitq); default 4."
     )
     training_rows: Count = Field(262_144, description="Vectors in the training sample, at most.")
-    seed: Whole = 20_260_101
+    seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] = 20_260_101
 
     @model_validator(mode="after")
     def _options_fit_family_and_codec(self) -> Self:
@@ -204,6 +206,7 @@ class Gate(Section):
     mrr: Share | None = None
     coverage: Share = Field(1.0, description="Indexed passages as a share of those that should be.")
     max_dropped_fraction: Share = Field(0.01, description="Dead letters as a share of documents, at most.")
+    max_lost_files: Whole = Field(0, description="Source files that cannot be used as a whole, at most.")
 
 
 class Publish(Section):

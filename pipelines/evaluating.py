@@ -1,6 +1,5 @@
 """Measure a built index: recall at operating points against exact search, and ranking quality against judgements."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from penstock.cluster.jobs.evaluation import (
     Measured,
     MeasureTask,
     Queries,
+    QueriesInvalid,
     SampleTask,
     encode_queries,
     find_exact,
@@ -178,6 +178,11 @@ def _judged(path: str, queries: Queries, found: Hits, k: int) -> dict[str, float
     store, name = split_path(path)
     relevance = read_relevance(store.url, name)
     rows = [row for row, query in enumerate(queries.ids) if query in relevance]
+    if not rows:
+        raise QueriesInvalid(
+            f"evaluate.relevance ({path}) must judge some of the {len(queries.ids)} queries, it judges none: their ids "
+            f"(as {queries.ids[0]!r}) are not among its own (as {next(iter(relevance), '')!r})"
+        )
     judged = [relevance[queries.ids[row]] for row in rows]
     ranked = [_documents(found.ids[row], k) for row in rows]
     ndcg, mrr = ndcg_at_k(ranked, judged, k), mrr_at_k(ranked, judged, k)
@@ -190,4 +195,4 @@ def _documents(passage_ids: Sequence[str | None], k: int) -> list[str]:
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+    return float(np.mean(values))

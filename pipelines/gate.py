@@ -29,13 +29,16 @@ class Check:
         return {**vars(self), "passed": self.passed}
 
 
-def gate_checks(pipeline: PipelineFile, evaluation: dict[str, Any], coverage: float, dropped: float) -> list[Check]:
+def gate_checks(
+    pipeline: PipelineFile, evaluation: dict[str, Any], coverage: float, dropped: float, lost_files: int
+) -> list[Check]:
     """The checks of a pipeline's gate on what was measured; none without a gate.
 
     Args:
         evaluation: figures `recall` and, with judgements, `ndcg` and `mrr`.
         coverage: indexed passages as a share of those that should be.
         dropped: dead letters as a share of documents.
+        lost_files: source files that could not be used as a whole, whatever they hold.
     """
     gate = pipeline.gate
     if gate is None:
@@ -47,6 +50,7 @@ def gate_checks(pipeline: PipelineFile, evaluation: dict[str, Any], coverage: fl
     checks += [Check(f"mrr@{k}", evaluation["mrr"], gate.mrr)] if gate.mrr is not None else []
     checks.append(Check("coverage", coverage, gate.coverage))
     checks.append(Check("dropped fraction", dropped, gate.max_dropped_fraction, at_least=False))
+    checks.append(Check("lost files", lost_files, gate.max_lost_files, at_least=False))
     return checks
 
 

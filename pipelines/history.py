@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from penstock.cluster.fragments import read_fragment, write_fragment
 from penstock.cluster.layout import run_folder
 from penstock.cluster.storage import Store
 from penstock.operators.deadletters import DEAD_LETTER_SCHEMA
+from penstock.operators.documents import WHOLE_FILE
 from penstock.pipelines.sources import SourceFile
 
 
@@ -97,13 +99,19 @@ def write_sources(store: Store, run_id: str, files: Sequence[SourceFile]) -> Non
     write_fragment(store, f"{run_folder(run_id)}/sources.parquet", pa.table(columns, schema=schema))
 
 
-def write_dead_letters(store: Store, run_id: str, paths: Sequence[str]) -> None:
-    """Gather the dead letters of all current fragments into one table of the run, streaming fragment by fragment."""
+def write_dead_letters(store: Store, run_id: str, paths: Sequence[str]) -> int:
+    """Gather the dead letters of all current fragments into one table of the run, streaming fragment by fragment;
+    returns
+    how many of them stand for a whole file."""
     if not paths:
-        return
+        return 0
+    files = 0
     with tempfile.TemporaryDirectory(prefix="penstock-letters-") as folder:
         local = Path(folder) / "dead-letters.parquet"
         with pq.ParquetWriter(local, DEAD_LETTER_SCHEMA, write_page_checksum=True, compression="zstd") as writer:
             for path in paths:
-                writer.write_table(read_fragment(store, path).cast(DEAD_LETTER_SCHEMA))
+                letters = read_fragment(store, path).cast(DEAD_LETTER_SCHEMA)
+                files += pc.sum(pc.equal(letters.column("position"), WHOLE_FILE)).as_py() or 0
+                writer.write_table(letters)
         store.upload(local, f"{run_folder(run_id)}/dead-letters.parquet")
+    return files

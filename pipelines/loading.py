@@ -25,7 +25,8 @@ MAX_FILE_BYTES = 262_144
 MAX_DEPTH = 32  # the deepest key has 4; PyYAML recurses, and 100,000 open brackets took it 335 s
 MAX_SHOWN_CHARACTERS = 200
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-CREDENTIALS = re.compile(r"://[^/@\s]*@")
+# Before the first slash, or with a colon before the @: secret keys may hold slashes.
+CREDENTIALS = re.compile(r"://(?:[^/@\s]*|[^/:@\s]*:[^@\s]*)@")
 Location = tuple[str | int, ...]
 YAML_TAG = "tag:yaml.org,2002:"
 SCALAR_TAGS = {YAML_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp")}

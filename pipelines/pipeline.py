@@ -12,7 +12,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.loading import Origin, load_pipeline, parse_pipeline
-from penstock.pipelines.planning import Plan, make_plan, resolve
+from penstock.pipelines.planning import Plan, alias_head, make_plan, resolve
 from penstock.pipelines.progress import Reporter, SilentReporter
 from penstock.pipelines.running import Report, execute
 
@@ -44,7 +44,9 @@ class Pipeline:
 
     def plan(self) -> Plan:
         """What a run would do now; starts nothing."""
-        return make_plan(resolve(self.config, self.origin), self.store)
+        store = self.store
+        head = alias_head(self.config, store)
+        return make_plan(resolve(self.config, self.origin), store, head)
 
     def run(self, reporter: Reporter | None = None, plan: Plan | None = None) -> Report | None:
         """Do it; None when there is nothing to do.

@@ -16,7 +16,7 @@ from penstock.cluster.catalog import Catalog
 from penstock.cluster.fragments import read_fragment
 from penstock.cluster.jobs.selection import OPERATOR_VERSION as SELECTION_VERSION
 from penstock.cluster.jobs.shards import ShardRecord, shard_record_path
-from penstock.cluster.jobs.training import trained_path
+from penstock.cluster.jobs.training import training_record_path
 from penstock.cluster.layout import (
     EMBEDDINGS,
     EVALUATION,
@@ -41,7 +41,9 @@ from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
+TRAINING_VERSION = 1
 SHARDS_VERSION = 1
+EVALUATION_VERSION = 1
 VERSION_HEX_DIGITS = 16
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
@@ -88,14 +90,14 @@ class Resolved:
             },
             EMBEDDINGS: self.encoder.parameters() | {"embedding.store": pipeline.embedding.store},
             TRAINING: {f"index.{name}": value for name, value in index.items()}
-            | {"index.metric": pipeline.index.metric.value},
+            | {"index.metric": pipeline.index.metric.value, "version": TRAINING_VERSION},
             SHARDS: {
                 "index.shards": pipeline.index.shards,
                 "index.rerank": pipeline.index.rerank,
                 "version": SHARDS_VERSION,
             },
             EVALUATION: {f"evaluate.{name}": value for name, value in pipeline.evaluate.model_dump(mode="json").items()}
-            | {"index.recall": pipeline.index.recall},
+            | {"index.recall": pipeline.index.recall, "version": EVALUATION_VERSION},
         }
 
     def stage_fingerprint(self, stage: str) -> str:
@@ -206,6 +208,7 @@ class Plan:
     version: str | None
     published: bool
     alias_moves: bool
+    alias_head: int
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -252,7 +255,16 @@ def resolve(pipeline: PipelineFile, origin: Origin) -> Resolved:
     return Resolved(pipeline, tuple(files), reader, card, chunker, encoder, query_encoder, tuple(warnings))
 
 
-def make_plan(resolved: Resolved, store: Store) -> Plan:
+def alias_head(pipeline: PipelineFile, store: Store) -> int:
+    """Number of the alias entry that a plan starts from; 0 without one. Read before the corpus is looked at, so that
+    whoever
+    publishes a later state of it meanwhile is not undone."""
+    name = pipeline.publish.alias
+    entry = Catalog(store, pipeline.name).alias(name) if name else None
+    return entry.number if entry else 0
+
+
+def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
     """The plan against what is in the store; starts nothing, reads no rows of data."""
     past = last_run(store, resolved.pipeline.name)
     passages = plan_passages(resolved, store, past)
@@ -260,18 +272,26 @@ def make_plan(resolved: Resolved, store: Store) -> Plan:
     selection = _selection_plan(resolved, facts, past, passages)
     chain = make_chain(resolved, facts) if facts is not None else None
     if chain is None:
-        later = [StagePlan(name, None, None, None, why="follows from selection") for name in STAGES[2:]]
-        return Plan(resolved, (passages, selection, *later), None, False, True)
+        later = [_unknown_plan(name, resolved, past) for name in STAGES[2:]]
+        return Plan(resolved, (passages, selection, *later), None, False, True, head)
+    catalog = Catalog(store, resolved.pipeline.name)
+    published = catalog.has_manifest(chain.version)
     later = [
         _embeddings_plan(resolved, chain, store, past),
         _training_plan(resolved, chain, store, past),
-        _shards_plan(resolved, chain, store, past),
+        _shards_plan(resolved, chain, store, past, published),
         _evaluation_plan(resolved, chain, store, past),
     ]
-    catalog = Catalog(store, resolved.pipeline.name)
-    published = catalog.has_manifest(chain.version)
     moves, note = alias_moves(resolved.pipeline, catalog, chain.version)
-    return Plan(resolved, (passages, selection, *later), chain.version, published, moves, (note,) if note else ())
+    return Plan(resolved, (passages, selection, *later), chain.version, published, moves, head, (note,) if note else ())
+
+
+def _unknown_plan(stage: str, resolved: Resolved, past: PastRun | None) -> StagePlan:
+    """A stage whose inputs are not known before selection: what has changed for it all the same."""
+    stage_fingerprint = resolved.stage_fingerprint(stage) if stage == EMBEDDINGS else None
+    changed = differences(past.parameters.get(stage, {}), resolved.parameters[stage]) if past else ""
+    why = f"changed parameter: {changed}" if changed else "follows from selection"
+    return StagePlan(stage, stage_fingerprint, None, None, why=why)
 
 
 def plan_passages(resolved: Resolved, store: Store, past: PastRun | None) -> StagePlan:
@@ -326,7 +346,13 @@ def make_chain(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Chain:
     rows = sum(fact.kept for fact in kept)
     spec = index_spec(resolved, rows)
     members = fingerprint_set(list(embeddings.values()))
-    training = fingerprint(stage=TRAINING, embeddings=members, factory=spec.factory, **resolved.parameters[TRAINING])
+    training = fingerprint(
+        stage=TRAINING,
+        embeddings=members,
+        factory=spec.factory,
+        built_with=spec.ef_construction,
+        **resolved.parameters[TRAINING],
+    )
     shards = fingerprint(
         stage=SHARDS, training=training, selection=resolved.selection_fingerprint, **resolved.parameters[SHARDS]
     )
@@ -459,7 +485,7 @@ def _room(pipeline: PipelineFile, card: ModelCard) -> int | None:
 
     prompts = pipeline.embedding.prompts
     prompt = prompts.document if prompts else card.document_prompt
-    used = int(tokenizer(card.reference).count([prompt])[0]) if prompt else 0
+    used = int(tokenizer(card.reference, card.tokenizer_hash).count([prompt])[0]) if prompt else 0
     return card.max_tokens - card.special_tokens - used
 
 
@@ -558,16 +584,16 @@ def _passages_bytes(resolved: Resolved, store: Store, fragments: set[str]) -> in
 
 
 def _training_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None) -> StagePlan:
-    done = store.info(trained_path(chain.training_fingerprint)) is not None
+    done = store.info(training_record_path(chain.training_fingerprint)) is not None
     rows = 0 if done else min(chain.rows, chain.spec.training_rows)
     why = _why(TRAINING, resolved, past, not done, "embeddings changed")
     size_bytes = rows * vector_bytes(resolved)
     return StagePlan(TRAINING, chain.training_fingerprint, int(done), int(not done), rows, size_bytes, why)
 
 
-def _shards_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None) -> StagePlan:
+def _shards_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None, published: bool) -> StagePlan:
     shards = resolved.pipeline.index.shards
-    todo = shards - len(finished_shards(store, chain.shards_fingerprint, shards))
+    todo = 0 if published else shards - len(finished_shards(store, chain.shards_fingerprint, shards))
     rows = chain.rows * todo // shards
     why = _why(SHARDS, resolved, past, todo > 0, "index or embeddings changed")
     return StagePlan(SHARDS, chain.shards_fingerprint, shards - todo, todo, rows, rows * vector_bytes(resolved), why)
@@ -607,9 +633,10 @@ def _short(value: object) -> str:
 def check_trainable(resolved: Resolved, chain: Chain, origin: Origin) -> None:
     """Refuse an index that the corpus is too small to train."""
     needed = fewest_training_rows(chain.spec)
-    if chain.rows < max(1, needed):
+    if min(chain.rows, chain.spec.training_rows) < max(1, needed):
         rule = (
-            f"({chain.spec.factory}) needs at least {max(1, needed)} passages to train, got {chain.rows}; "
+            f"({chain.spec.factory}) needs at least {max(1, needed)} passages to train, got {chain.rows} "
+            f"and index.training_rows {chain.spec.training_rows}; "
             "choose family flat or hnsw with codec none or sq8, or a smaller nlist"
         )
         raise PipelineFileInvalid([origin.problem("index", rule)])

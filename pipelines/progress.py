@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 JSON_EVENT_INTERVAL_S = 1.0
@@ -56,10 +57,10 @@ class TerminalReporter:
             yield advance
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
-        self._console.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
+        self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False)
 
 
 class LineReporter:

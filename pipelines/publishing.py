@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
-from penstock.cluster.jobs.shards import FileRecord, ShardRecord
-from penstock.cluster.layout import EMBEDDINGS, PASSAGES
+from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, FileRecord, ShardRecord
+from penstock.cluster.layout import EMBEDDINGS, PASSAGES, shard_file
 from penstock.cluster.storage import Store
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
@@ -19,6 +20,8 @@ from penstock.pipelines.planning import Chain, Resolved
 
 FORMAT = "penstock-index/1"
 LINEAGE = "lineage.parquet"
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SHARD_FILE_KINDS = (FAISS, IDS, ROWS, VECTORS, DUPLICATES)
 
 
 def make_manifest(
@@ -110,14 +113,18 @@ def publish_manifest(catalog: Catalog, manifest: dict[str, Any]) -> dict[str, An
 
 
 def shards_of(manifest: dict[str, Any], folder: str) -> list[ShardRecord]:
-    """The shards that a manifest lists, in order."""
+    """The shards that a manifest lists, in order; a manifest is read from storage and so is not trusted.
+
+    Raises:
+        ValueError: a file name or hash that this format does not have.
+    """
     return [
         ShardRecord(
             shard["shard"],
             shard["rows"],
             shard["duplicates"],
             folder,
-            tuple(FileRecord(**file) for file in shard["files"]),
+            tuple(_checked_file(file, int(shard["shard"])) for file in shard["files"]),
         )
         for shard in manifest["shards"]
     ]
@@ -132,6 +139,17 @@ def _contents(manifest: dict[str, Any]) -> str:
     """What must agree between two manifests of one version: the rows and the hashes of the files."""
     files = sorted((file["name"], file["sha256"]) for shard in manifest["shards"] for file in shard["files"])
     return json.dumps([manifest["format"], manifest["version"], manifest["rows"], files])
+
+
+def _checked_file(file: dict[str, Any], shard: int) -> FileRecord:
+    record = FileRecord(str(file["name"]), int(file["size_bytes"]), str(file["sha256"]))
+    if record.name not in {shard_file(shard, kind) for kind in SHARD_FILE_KINDS}:
+        raise ValueError(
+            f"manifest: file {record.name!r} is none that shard {shard} has; the manifest was not written by a run"
+        )
+    if not SHA256.fullmatch(record.sha256):
+        raise ValueError(f"manifest: sha256 of {record.name} must be 64 hexadecimal digits, got {record.sha256[:80]!r}")
+    return record
 
 
 def _shard(shard: ShardRecord) -> dict[str, Any]:

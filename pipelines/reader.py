@@ -25,6 +25,10 @@ class AliasUnknown(Exception):
     """No such index or alias under the root."""
 
 
+class CodeNotTrusted(Exception):
+    """The model of an index wants to run code that the reader did not agree to."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search found for q queries, most similar first.
@@ -47,13 +51,14 @@ class OpenIndex:
     Shards are opened, after their hashes were checked, at the first search; the model at the first search with texts.
     """
 
-    def __init__(self, store: Store, manifest: dict[str, Any]) -> None:
+    def __init__(self, store: Store, manifest: dict[str, Any], trust_remote_code: bool = False) -> None:
         if manifest["format"] != FORMAT:
             raise ValueError(
                 f"format of the version ({manifest['format']}) must be {FORMAT}; open it with another release"
             )
         self.manifest = manifest
         self._store = store
+        self._trust_remote_code = trust_remote_code
         self._folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
         self._metric = Metric(manifest["metric"])
         self._lock = threading.Lock()
@@ -118,7 +123,7 @@ class OpenIndex:
 
     @cached_property
     def _encoder(self) -> EncoderWorker:
-        encoder = query_encoder(self.manifest["model"])
+        encoder = query_encoder(self.manifest["model"], self._trust_remote_code)
         return EncoderWorker(encoder, model_folder(encoder.model))
 
     def _vectors(self, queries: str | Sequence[str] | np.ndarray) -> np.ndarray:
@@ -148,12 +153,13 @@ class OpenIndex:
         return table.add_column(0, "id", ids).add_column(1, "similarity", near)
 
 
-def open_index(root: str, alias: str) -> OpenIndex:
+def open_index(root: str, alias: str, *, trust_remote_code: bool = False) -> OpenIndex:
     """Open the version that an alias points to now.
 
     Args:
         root: where the pipeline keeps everything: a local folder or s3://bucket/prefix.
         alias: `alias`, or `index/alias` where several indexes under the root have that alias.
+        trust_remote_code: run the Python code that the model's folder brings along, if the index was made with it.
 
     Raises:
         AliasUnknown: nothing by that name; the message lists what there is.
@@ -163,7 +169,7 @@ def open_index(root: str, alias: str) -> OpenIndex:
     entry = catalog.alias(name)
     if entry is None:
         raise AliasUnknown(f"alias ({alias}) points to no published version under {store.url}; run or promote first")
-    return OpenIndex(store, catalog.manifest(entry.version))
+    return OpenIndex(store, catalog.manifest(entry.version), trust_remote_code)
 
 
 def find_alias(store: Store, alias: str) -> tuple[Catalog, str]:
@@ -182,8 +188,15 @@ def find_alias(store: Store, alias: str) -> tuple[Catalog, str]:
     )
 
 
-def query_encoder(model: dict[str, Any]) -> Encoder:
-    """The encoder of queries that a manifest's `model` describes."""
+def query_encoder(model: dict[str, Any], trust_remote_code: bool) -> Encoder:
+    """The encoder of queries that a manifest's `model` describes. Whoever wrote the manifest cannot make a reader run
+    code:
+    that takes the reader's own word."""
+    if model["trust_remote_code"] and not trust_remote_code:
+        raise CodeNotTrusted(
+            f"model ({model['reference']}) runs code of its own, which needs your word: open the index with "
+            "trust_remote_code=True (--trust-remote-code), or ask with vectors"
+        )
     return Encoder(
         model=model["reference"],
         weights_hash=model["weights_sha256"],
@@ -195,5 +208,5 @@ def query_encoder(model: dict[str, Any]) -> Encoder:
         prompt=model["query_prompt"],
         normalize=model["normalize"],
         precision=Precision(model["precision"]),
-        trust_remote_code=model["trust_remote_code"],
+        trust_remote_code=trust_remote_code,
     )

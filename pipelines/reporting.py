@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +23,8 @@ def plan_table(plan: Plan) -> RenderableType:
     """The stages of a plan, what is done and to do in each, and why."""
     table = _table("stage", "fingerprint", "done", "to do", "rows", "to read", "why")
     for stage in plan.stages:
-        table.add_row(
+        _row(
+            table,
             stage.name,
             (stage.fingerprint or "")[:12],
             _count(stage.done),
@@ -54,9 +56,9 @@ def report_view(report: Report) -> RenderableType:
 
 def answers_view(query: str, rows: pa.Table) -> RenderableType:
     """One query's answers: similarity, id, metadata and a snippet of the text."""
-    table = _table("similarity", "id", "metadata", "text", title=f"“{query}”")
+    table = _table("similarity", "id", "metadata", "text", title=escape(f"“{query}”"))
     for row in rows.to_pylist():
-        table.add_row(f"{row['similarity']:.4f}", row["id"], metadata_text(row), Text(snippet(row["text"])))
+        _row(table, f"{row['similarity']:.4f}", row["id"], metadata_text(row), snippet(row["text"]))
     return table
 
 
@@ -84,7 +86,7 @@ def records_table(records: list[dict[str, Any]], columns: list[str]) -> Renderab
     """Records as a table of the named columns."""
     table = _table(*columns)
     for record in records:
-        table.add_row(*("" if record.get(name) is None else str(record[name]) for name in columns))
+        _row(table, *("" if record.get(name) is None else str(record[name]) for name in columns))
     return table
 
 
@@ -125,15 +127,16 @@ def _figures(report: Report) -> RenderableType:
         )
     rows += [("version", report.version), ("alias", _alias(report))]
     for name, value in rows:
-        table.add_row(name, value)
-    return Panel(table, title=f"{report.name}: {report.status}", expand=False)
+        _row(table, name, value)
+    return Panel(table, title=escape(f"{report.name}: {report.status}"), expand=False)
 
 
 def _stages(report: Report) -> RenderableType:
     table = _table("stage", "rows in", "rows out", "dropped", "fragments", "seconds", "busy", "idle", "written")
     for entry in report.entries:
         fragments = f"{entry.fragments - entry.fragments_done_before} of {entry.fragments}" if entry.fragments else ""
-        table.add_row(
+        _row(
+            table,
             entry.stage,
             _count(entry.rows_in),
             _count(entry.rows_out),
@@ -199,6 +202,11 @@ def _table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    """A row of plain text: brackets in ids and texts are no markup."""
+    table.add_row(*(Text(cell) for cell in cells))
 
 
 def _count(value: int | None) -> str:

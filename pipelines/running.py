@@ -31,7 +31,7 @@ from penstock.cluster.jobs.selection import (
     resolve_passages,
 )
 from penstock.cluster.jobs.shards import FragmentPair, ShardJob, ShardRecord, ShardTask, build_shard
-from penstock.cluster.jobs.training import TrainingTask, train, trained_path
+from penstock.cluster.jobs.training import TrainingTask, train, training_record_path
 from penstock.cluster.layout import (
     EMBEDDINGS,
     EVALUATION,
@@ -76,6 +76,7 @@ from penstock.pipelines.publishing import (
     move_alias,
     place_shards,
     publish_manifest,
+    shards_of,
     write_lineage,
 )
 
@@ -132,7 +133,7 @@ def execute(plan: Plan, origin: Origin, store: Store, session: Session, reporter
     store.probe()
     run = Run(resolved, origin, store, session, reporter, new_run_id(resolved.pipeline.name))
     with acquire(store, resolved.pipeline.name, run.run_id) as lease:
-        return run.execute(lease)
+        return run.execute(lease, plan.alias_head)
 
 
 class Run:
@@ -159,12 +160,12 @@ class Run:
             "parameters": resolved.parameters,
         }
 
-    def execute(self, lease: Lease) -> Report:
+    def execute(self, lease: Lease, head: int) -> Report:
         """Run all stages and publish; whatever happens, the run's record says how it ended."""
         write_sources(self._store, self.run_id, self.resolved.files)
         write_run(self._store, self._record)
         try:
-            report = self._stages(lease)
+            report = self._stages(lease, head)
         except KeyboardInterrupt:
             self._finish(Status.INTERRUPTED, {})
             raise
@@ -177,11 +178,9 @@ class Run:
             self._reporter.warn(f"the run's record could not be written: {error}")
         return report
 
-    def _stages(self, lease: Lease) -> Report:
-        # The head is read before any work: an alias that somebody moves meanwhile makes publishing fail, not overwrite.
-        alias = self.resolved.pipeline.publish.alias
-        present = self._catalog.alias(alias) if alias else None
-        head = present.number if present else 0
+    def _stages(self, lease: Lease, head: int) -> Report:
+        """`head` is the alias entry that the plan started from: one that moved since makes publishing fail, not
+        overwrite."""
         self._write_stage_record(PASSAGES, self.resolved.stage_fingerprint(PASSAGES))
         self._passages()
         facts = self._selection()
@@ -193,9 +192,9 @@ class Run:
         self._training(chain)
         shards = self._shards(chain, sum(receipt.rows_out for receipt in receipts))
         evaluation = self._evaluation(chain, shards)
-        self._dead_letters(chain, receipts)
+        lost_files = self._dead_letters(chain, receipts)
         check_sums(self._entries)
-        return self._publish(lease, head, chain, shards, evaluation)
+        return self._publish(lease, head, chain, shards, evaluation, lost_files)
 
     def _write_stage_record(self, stage: str, stage_fingerprint: str) -> None:
         """Say beside a stage's outputs what made them."""
@@ -213,14 +212,17 @@ class Run:
             resolved.reader,
             resolved.chunker,
             resolved.card.reference,
+            resolved.card.tokenizer_hash,
         )
         works: list[Work] = []
+        passages = 0
         if todo:
             tasks = [PassageTask(job, fragment.fingerprint, fragment.parts) for fragment in todo]
             with self._reporter.stage("passages", len(todo), "fragments") as advance:
                 for work in self._session.stream(make_passages, tasks):
                     works.append(work)
-                    advance(1, f"{sum(one.receipt.passages for one in works):,} passages")
+                    passages += work.receipt.passages
+                    advance(1, f"{passages:,} passages")
         self._passage_work = _entry(PASSAGES, works, len(resolved.fragments), started)
 
     def _selection(self) -> list[FragmentFacts]:
@@ -371,12 +373,13 @@ class Run:
             EmbeddingTask(fact.passages, chain.embeddings[fact.passages], fact.kept < fact.passages_in) for fact in todo
         ]
         works: list[Work] = []
+        tokens = 0
         with self._reporter.stage("embeddings", rows, "passages") as advance:
             started = time.monotonic()
             advance(0, f"starting {pool.count} workers")
             for work in embed_fragments(self._session, job, tasks, pool):
                 works.append(work)
-                tokens = sum(one.receipt.tokens for one in works)
+                tokens += work.receipt.tokens
                 advance(work.receipt.rows_in, f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
         return works
 
@@ -415,7 +418,7 @@ class Run:
         return Pool(min(wanted, tasks), workers.cpus * ACTOR_CPU_SHARE, workers.gpus)
 
     def _training(self, chain: Chain) -> None:
-        if self._store.info(trained_path(chain.training_fingerprint)) is not None:
+        if self._store.info(training_record_path(chain.training_fingerprint)) is not None:
             return
         fragments = tuple(sorted(chain.embeddings.values()))
         task = TrainingTask(
@@ -430,7 +433,7 @@ class Run:
     def _shards(self, chain: Chain, vectors: int) -> list[ShardRecord]:
         started = time.monotonic()
         count = self.resolved.pipeline.index.shards
-        records = finished_shards(self._store, chain.shards_fingerprint, count)
+        records = self._published_shards(chain) or finished_shards(self._store, chain.shards_fingerprint, count)
         before = len(records)
         todo = [shard for shard in range(count) if shard not in records]
         if todo:
@@ -454,6 +457,13 @@ class Run:
             )
         )
         return [records[shard] for shard in range(count)]
+
+    def _published_shards(self, chain: Chain) -> dict[int, ShardRecord]:
+        """The shards of this very version, if it is published: nothing is ever written into its folder again."""
+        if not self._catalog.has_manifest(chain.version):
+            return {}
+        folder = self._catalog.version_folder(chain.version)
+        return {record.shard: record for record in shards_of(self._catalog.manifest(chain.version), folder)}
 
     def _shard_job(self, chain: Chain) -> ShardJob:
         resolved = self.resolved
@@ -494,7 +504,7 @@ class Run:
         bytes_read = vectors * vector_bytes(self.resolved)
         return StageEntry(stage, vectors, vectors, seconds=seconds, busy_s=seconds, bytes_read=bytes_read)
 
-    def _dead_letters(self, chain: Chain, receipts: Sequence[Receipt]) -> None:
+    def _dead_letters(self, chain: Chain, receipts: Sequence[Receipt]) -> int:
         passages = self.resolved.stage_fingerprint(PASSAGES)
         paths = [dead_letter_path(PASSAGES, passages, fact.passages) for fact in chain.facts if fact.dropped]
         paths += [
@@ -502,21 +512,31 @@ class Run:
             for receipt in receipts
             if receipt.dropped
         ]
-        write_dead_letters(self._store, self.run_id, paths)
+        return write_dead_letters(self._store, self.run_id, paths)
 
     def _publish(
-        self, lease: Lease, head: int, chain: Chain, shards: list[ShardRecord], evaluation: dict[str, Any]
+        self,
+        lease: Lease,
+        head: int,
+        chain: Chain,
+        shards: list[ShardRecord],
+        evaluation: dict[str, Any],
+        lost_files: int,
     ) -> Report:
         folder = self._catalog.version_folder(chain.version)
         shards = place_shards(self._store, folder, shards)
         rows = sum(shard.rows for shard in shards)
         lost = sum(sum(entry.dropped.values()) for entry in self._entries if entry.stage == EMBEDDINGS)
         coverage = rows / (chain.rows - lost) if chain.rows > lost else 0.0
-        checks = gate_checks(self.resolved.pipeline, evaluation, coverage, dropped_fraction(self._entries))
-        lineage = write_lineage(self._store, folder, self.resolved, chain)
-        manifest = make_manifest(self.resolved, chain, self.run_id, shards, lineage, evaluation, checks, self._entries)
+        dropped = dropped_fraction(self._entries)
+        checks = gate_checks(self.resolved.pipeline, evaluation, coverage, dropped, lost_files)
         lease.check()
-        manifest = publish_manifest(self._catalog, manifest)
+        if self._catalog.has_manifest(chain.version):
+            manifest = self._catalog.manifest(chain.version)
+        else:
+            lineage = write_lineage(self._store, folder, self.resolved, chain)
+            made = make_manifest(self.resolved, chain, self.run_id, shards, lineage, evaluation, checks, self._entries)
+            manifest = publish_manifest(self._catalog, made)
         write_ledger(self._store, self.run_id, self._entries)
         status, entry, notes = self._promote(lease, head, chain.version, checks)
         return Report(

@@ -215,7 +215,15 @@ def _kept(
 
 def _type_name(column: str, found: pa.DataType | None, origin: Origin) -> str:
     """The declared name of a Parquet column's own type; formats without types keep strings."""
-    if found is None or pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found):
+    if found is not None and pa.types.is_dictionary(found):
+        return _type_name(column, found.value_type, origin)
+    if (
+        found is None
+        or pa.types.is_null(found)
+        or pa.types.is_string(found)
+        or pa.types.is_large_string(found)
+        or pa.types.is_string_view(found)
+    ):
         return "string"
     if pa.types.is_integer(found) and not pa.types.is_uint64(found):
         return "int64"

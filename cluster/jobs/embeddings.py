@@ -265,10 +265,13 @@ def embed_fragments(session: Session, job: EmbeddingJob, tasks: list[EmbeddingTa
 
 
 def ids_digest(table: pa.Table) -> str:
-    """Digest of the passage ids of a table, in their order: equal only when no row was lost, added or moved."""
+    """Digest of the passages of a table, ids and texts, in their order: equal only when none was lost, added or
+    moved."""
     digest = hashlib.blake2b(digest_size=16)
-    for row_id in table.column("passage_id").to_pylist():
-        digest.update(row_id.encode() + b"\0")
+    for row_id, text_hash in zip(
+        table.column("passage_id").to_pylist(), table.column("text_hash").to_pylist(), strict=True
+    ):
+        digest.update(row_id.encode() + b"\0" + text_hash)
     return digest.hexdigest()
 
 

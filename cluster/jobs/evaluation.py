@@ -1,6 +1,7 @@
 """Measure an index through its published files: against exact search, and against relevance judgements."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,13 +147,15 @@ def read_relevance(store_url: str, path: str) -> dict[str, dict[str, float]]:
     """Judgements of a BEIR TSV (query-id, corpus-id, score; a header is skipped): query id → document id →
     relevance."""
     judged: dict[str, dict[str, float]] = {}
-    lines = connect(store_url).read(path).decode("utf-8").splitlines()
+    lines = connect(store_url).read(path).decode("utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
-        if number == 1 and fields[-1].strip().lower() in ("score", "relevance", "label"):
+        if not line.strip() or (number == 1 and fields[-1].strip().lower() in ("score", "relevance", "label")):
             continue
         try:
             query, document, relevance = fields[0], fields[-2], float(fields[-1])
+            if not math.isfinite(relevance):
+                raise ValueError("not a finite number")
         except (IndexError, ValueError) as error:
             raise QueriesInvalid(
                 f"evaluate.relevance ({path}, line {number}) must hold query-id, corpus-id and a number "
@@ -171,7 +174,7 @@ def _read_queries(task: EncodeQueriesTask) -> tuple[list[str], list[str]]:
             f"evaluate.queries ({task.path}) must be a file of at most {MAX_QUERY_FILE_BYTES} bytes, got {got}"
         )
     ids, texts = [], []
-    for number, line in enumerate(store.read(task.path).decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(store.read(task.path).decode("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         query = _parsed(task.path, number, line)

@@ -9,6 +9,7 @@ import pyarrow as pa
 from penstock.cluster.fragments import Receipt, Work, write_fragment
 from penstock.cluster.layout import PASSAGES, dead_letter_path, fragment_path
 from penstock.cluster.node import connect, connect_corpus, tokenizer
+from penstock.cluster.storage import Store
 from penstock.operators.chunking import Chunker, chunk_documents
 from penstock.operators.deadletters import DeadLetter, dead_letter_table, reasons
 from penstock.operators.documents import DocumentReader, Documents, SourcePart, documents_schema
@@ -43,6 +44,7 @@ class PassageJob:
     reader: DocumentReader
     chunker: Chunker
     model: str
+    tokenizer_hash: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def make_passages(task: PassageTask) -> Work:
     started = time.perf_counter()
     job = task.job
     documents, dropped, rows_in = _read(task)
-    passages, no_tokens = chunk_documents(documents, job.chunker, tokenizer(job.model))
+    passages, no_tokens = chunk_documents(documents, job.chunker, tokenizer(job.model, job.tokenizer_hash))
     passages = _with_document_hash(passages)
     dropped = pa.concat_tables([dropped, no_tokens])
     documents_out = documents.num_rows - no_tokens.num_rows
@@ -87,18 +89,25 @@ def _read(task: PassageTask) -> tuple[pa.Table, pa.Table, int]:
 
 def _read_part(reader: DocumentReader, part: FilePart) -> Documents:
     store = connect_corpus(part.store_url)
+    _refuse_changed(store, part)
+    try:
+        with store.open(part.path) as stream:
+            documents = read_documents(reader, part.part, stream, part.size_bytes)
+        _refuse_changed(store, part)
+        return documents
+    except PermissionError as error:
+        letter = DeadLetter("documents", part.part.path, -1, "unreadable_file", str(error))
+        return Documents(documents_schema(reader).empty_table(), dead_letter_table([letter]), 1)
+
+
+def _refuse_changed(store: Store, part: FilePart) -> None:
+    """Before and after reading: what was read must be what its identity says."""
     info = store.info(part.path)
     if info is None or source_state(info.etag, info.size_bytes, info.modified.timestamp()) != part.state:
         raise SourceChanged(
             f"source file ({part.part.path}) must stay as it is while a run reads it; it was changed or removed; "
             "run again"
         )
-    try:
-        with store.open(part.path) as stream:
-            return read_documents(reader, part.part, stream, part.size_bytes)
-    except PermissionError as error:
-        letter = DeadLetter("documents", part.part.path, -1, "unreadable_file", str(error))
-        return Documents(documents_schema(reader).empty_table(), dead_letter_table([letter]), 1)
 
 
 def source_state(etag: str | None, size_bytes: int, modified_s: float) -> str:

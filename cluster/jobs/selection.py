@@ -25,8 +25,9 @@ from penstock.operators.deduplication import (
     repeated,
     represented,
 )
+from penstock.operators.identity import row_hashes
 
-OPERATOR_VERSION = 1
+OPERATOR_VERSION = 2
 # Rows of one bucket: 16 bytes each, three copies while sorting: about 200 MB at most in a worker.
 BUCKET_ROWS = 4_000_000
 DUPLICATE_ID = "duplicate_id"
@@ -275,7 +276,7 @@ def _losers_of(store: Store, job: SelectionJob, fragment: str) -> pa.Table:
 def _summarise(exclusions: pa.Table) -> dict[str, Exclusions]:
     """Exclusions per fragment of a table sorted by fragment."""
     fragments = np.array(exclusions.column("fragment").to_pylist(), dtype=object)
-    hashes = exclusions.column("row_hash").to_numpy()
+    hashes = _exclusion_hashes(exclusions)
     tokens = exclusions.column("tokens").to_numpy()
     by_id = np.array([reason == DUPLICATE_ID for reason in exclusions.column("reason").to_pylist()], dtype=bool)
     result: dict[str, Exclusions] = {}
@@ -287,6 +288,13 @@ def _summarise(exclusions: pa.Table) -> dict[str, Exclusions]:
         digest = int(hashes[start:stop].sum(dtype=np.uint64))
         result[str(fragments[start])] = Exclusions(ids, stop - start - ids, int(tokens[start:stop].sum()), digest)
     return result
+
+
+def _exclusion_hashes(exclusions: pa.Table) -> np.ndarray:
+    """Hash of each excluded passage, uint64 (N,). Passages of documents that share an id differ by source and
+    position alone."""
+    rows = exclusions.select(["passage_id", "source", "position"]).to_pylist()
+    return row_hashes([f"{row['passage_id']}\0{row['source']}\0{row['position']}" for row in rows])
 
 
 def _examples(candidates: pa.Table) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import pyarrow.ipc
 
 from penstock.cluster.fragments import read_hash_range, vectors_of
 from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files, kept_rows
-from penstock.cluster.jobs.training import trained_path
+from penstock.cluster.jobs.training import read_trained
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, SHARDS, fragment_path, shard_file, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
@@ -116,7 +116,7 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> tuple[int, int]:
     """The faiss file, ids, rows and (for re-ranking) vectors, row i of each being the same passage; rows and bytes
     read."""
     job, bytes_read = task.job, 0
-    builder = ShardBuilder(store.read(trained_path(job.training_fingerprint)), threads=1)
+    builder = ShardBuilder(read_trained(store, job.training_fingerprint), threads=1)
     vectors_path = folder / shard_file(task.shard, VECTORS)
     vectors = VectorWriter(vectors_path, job.spec.dimension, np.float16) if job.rerank else None
     ids_writer: pa.ipc.RecordBatchFileWriter | None = None
@@ -149,7 +149,9 @@ def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]
     found = False
     for pair in job.fragments:
         path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, pair.embeddings)
-        embedded = read_hash_range(store, path, first, last, ["passage_id", "embedding"]).replace_schema_metadata()
+        embedded = read_hash_range(
+            store, path, first, last, ["passage_id", "text_hash", "embedding"]
+        ).replace_schema_metadata()
         passages = _passages(store, job, pair, first, last)
         if embedded.num_rows:
             found = True
@@ -172,7 +174,7 @@ def _passages(store: Store, job: ShardJob, pair: FragmentPair, first: int, last:
 def _aligned(passages: pa.Table, embedded: pa.Table) -> pa.Table:
     """The passages of the embedded rows, in their order; both are sorted the same way, the passages may be more."""
     kept = passages.filter(pc.is_in(passages.column("passage_id"), embedded.column("passage_id").combine_chunks()))
-    if not kept.column("passage_id").equals(embedded.column("passage_id")):
+    if any(not kept.column(name).equals(embedded.column(name)) for name in ("passage_id", "text_hash")):
         raise ValueError(
             "embeddings and passages of a fragment must agree row by row; they do not: rebuild the fragment"
         )

@@ -58,33 +58,35 @@ def test_the_text_of_a_check_says_by_how_much(check: Check, text: str) -> None:
 
 
 def test_a_pipeline_without_a_gate_has_no_checks() -> None:
-    assert gate_checks(_pipeline(""), MEASURED, 0.0, 1.0) == []
+    assert gate_checks(_pipeline(""), MEASURED, 0.0, 1.0, 3) == []
 
 
 def test_the_recall_bound_is_the_index_s_unless_the_gate_has_its_own() -> None:
-    own = gate_checks(_pipeline("index: {recall: 0.9}\ngate: {recall: 0.5}\n"), MEASURED, 1.0, 0.0)
-    inherited = gate_checks(_pipeline("index: {recall: 0.9}\ngate: {}\n"), MEASURED, 1.0, 0.0)
-    none = gate_checks(_pipeline("index: {recall: 0.9}\ngate: {recall: 0.0}\n"), MEASURED, 1.0, 0.0)
+    own = gate_checks(_pipeline("index: {recall: 0.9}\ngate: {recall: 0.5}\n"), MEASURED, 1.0, 0.0, 0)
+    inherited = gate_checks(_pipeline("index: {recall: 0.9}\ngate: {}\n"), MEASURED, 1.0, 0.0, 0)
+    none = gate_checks(_pipeline("index: {recall: 0.9}\ngate: {recall: 0.0}\n"), MEASURED, 1.0, 0.0, 0)
     assert [checks[0].bound for checks in (own, inherited, none)] == [0.5, 0.9, 0.0]
 
 
 def test_each_figure_meets_its_bound() -> None:
     gate = "gate: {recall: 0.9, ndcg: 0.7, mrr: 0.4, coverage: 0.99, max_dropped_fraction: 0.02}\n"
-    checks = gate_checks(_pipeline(JUDGED + gate), MEASURED, 0.98, 0.03)
+    checks = gate_checks(_pipeline(JUDGED + gate), MEASURED, 0.98, 0.03, 2)
     assert checks == [
         Check("recall@5", 0.97, 0.9),
         Check("ndcg@5", 0.6, 0.7),
         Check("mrr@5", 0.5, 0.4),
         Check("coverage", 0.98, 0.99),
         Check("dropped fraction", 0.03, 0.02, at_least=False),
+        Check("lost files", 2, 0, at_least=False),
     ]
-    assert [check.name for check in failed(checks)] == ["ndcg@5", "coverage", "dropped fraction"]
+    assert [check.name for check in failed(checks)] == ["ndcg@5", "coverage", "dropped fraction", "lost files"]
 
 
 def test_a_plain_gate_checks_recall_coverage_and_dropped_documents() -> None:
-    checks = gate_checks(_pipeline("gate: {recall: 0.9}\n"), {"recall": 0.97}, 1.0, 0.01)
+    checks = gate_checks(_pipeline("gate: {recall: 0.9}\n"), {"recall": 0.97}, 1.0, 0.01, 0)
     assert [(check.name, check.bound, check.passed) for check in checks] == [
         ("recall@10", 0.9, True),
         ("coverage", 1.0, True),
         ("dropped fraction", 0.01, True),
+        ("lost files", 0, True),
     ]

@@ -521,6 +521,11 @@ def test_a_password_in_a_url_is_refused_with_the_way_to_give_it() -> None:
     assert "AWS_SECRET_ACCESS_KEY" in problem.message and problem.line == 2
 
 
+def test_a_secret_key_with_a_slash_is_refused_and_not_shown() -> None:
+    problem = _problem(BASE.replace("here", "s3://AKIA:wJalr/XUtnFEMI@bucket/x"))
+    assert "must not hold a user or password" in problem.message and "FEMI" not in str(problem)
+
+
 def test_at_signs_that_are_no_password_are_taken() -> None:
     assert _parsed(BASE.replace("mine", "someone/model@main")).embedding.model == "someone/model@main"
     assert _parsed(BASE.replace("here", "s3://bucket/a@b")).root == "s3://bucket/a@b"

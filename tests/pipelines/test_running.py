@@ -150,12 +150,32 @@ def test_duplicate_ids_follow_the_policy_for_any_cut(
     assert (text[0].to_pylist()[0]["text"] == again["text"]) is (policy == "last")
 
 
+def test_vectors_follow_the_text_that_the_policy_keeps(workspace: Workspace) -> None:
+    texts = {"first": "Cats sleep most of the day.", "last": "Quantum fields obey commutation relations."}
+    for path in workspace.corpus.glob("*.jsonl"):
+        path.unlink()
+    workspace.write("part-0.jsonl", [{"id": "x", "text": text, "topic": "t"} for text in texts.values()])
+    vectors = []
+    for policy, text in texts.items():
+        run(workspace, documents__duplicate_ids=policy, index__shards=1)
+        vectors.append(workspace.published()["x#0"])
+        found = open_index(str(workspace.root), "live").search(text, 1, rows=True)
+        assert found.rows is not None and found.rows[0].column("text").to_pylist() == [text]
+        assert found.similarities[0, 0] > 0.999
+    assert vectors[0] != vectors[1]
+
+
 def test_bad_rows_and_files_are_dead_letters_with_reasons(workspace: Workspace) -> None:
     with (workspace.corpus / "part-0.jsonl").open("a") as file:
         file.write('{"id": "blank", "text": "   "}\n{"id": "null", "text": null}\nnot json\n[1]\n{"text": "no id"}\n')
         file.write('{"id": "surrogate", "text": "\\ud800"}\n')
     (workspace.corpus / "broken.jsonl.gz").write_bytes(b"\x1f\x8b\x08 this is no gzip stream")
-    ledger = run(workspace, documents__path=f"{workspace.corpus}/*.jsonl*", gate__max_dropped_fraction=0.5)
+    ledger = run(
+        workspace,
+        documents__path=f"{workspace.corpus}/*.jsonl*",
+        gate__max_dropped_fraction=0.5,
+        gate__max_lost_files=1,
+    )
     dropped = ledger["documents"]["dropped"]
     assert dropped == {
         "empty_text": 2,
@@ -165,6 +185,10 @@ def test_bad_rows_and_files_are_dead_letters_with_reasons(workspace: Workspace) 
         "not_an_object": 1,
         "unreadable_file": 1,
     }
+    report = workspace.pipeline(documents__path=f"{workspace.corpus}/*.jsonl*", gate__max_dropped_fraction=0.5).run()
+    assert report is not None and [str(check) for check in report.checks if not check.passed] == [
+        "lost files 1.0000 ≤ 0: missed by 1"
+    ]
     letters = pq.read_table(max(workspace.root.glob("runs/*/dead-letters.parquet"))).to_pylist()
     assert sorted(letter["reason"] for letter in letters) == sorted(
         reason for reason, count in dropped.items() for _ in range(count)

@@ -14,6 +14,7 @@ from penstock.cluster.jobs.passages import PassageJob, PassageTask, make_passage
 from penstock.cluster.layout import PASSAGES, fragment_path
 from penstock.operators.chunking import Chunker, PassageType
 from penstock.operators.documents import DocumentReader, SourcePart, SourceType
+from penstock.operators.models import hash_tokenizer, resolve_model
 from penstock.operators.reading import read_documents
 from penstock.pipelines.loading import PipelineFileInvalid, Problem, parse_pipeline
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
@@ -239,7 +240,14 @@ def test_files_behind_links_that_lead_out_of_the_corpus_are_read(tmp_path: Path)
     (corpus / "file.jsonl").symlink_to(tmp_path / "outside/file.jsonl")
     (corpus / "folder").symlink_to(tmp_path / "outside/folder")
     documents = f"type: jsonl\npath: {corpus}\ntext: text"
-    job = PassageJob(str(root), STAGE, _reader(documents), Chunker(PassageType.WHOLE, 0, 0), MODEL)
+    job = PassageJob(
+        str(root),
+        STAGE,
+        _reader(documents),
+        Chunker(PassageType.WHOLE, 0, 0),
+        MODEL,
+        hash_tokenizer(resolve_model(MODEL)),
+    )
     texts = set()
     for fragment in _fragments(documents):
         make_passages(PassageTask(job, fragment.fingerprint, fragment.parts))
@@ -317,21 +325,19 @@ def typed(tmp_path: Path) -> Path:
 
 
 def test_kept_types_are_those_of_the_parquet_columns_and_can_be_read(typed: Path) -> None:
-    names = ["small", "unsigned", "single", "half", "flag", "day", "moment", "long"]
+    names = ["small", "unsigned", "single", "half", "flag", "day", "moment", "long", "category"]
     reader = _reader(f"type: parquet\npath: {typed}\nid: id\nkeep: [{', '.join(names)}]")
-    types = ["int64", "int64", "float64", "float64", "bool", "timestamp", "timestamp", "string"]
+    types = ["int64", "int64", "float64", "float64", "bool", "timestamp", "timestamp", "string", "string"]
     assert reader.keep == tuple(zip(names, types, strict=True))
     with typed.open("rb") as stream:
         documents = read_documents(reader, SourcePart("typed.parquet"), stream, typed.stat().st_size)
     assert documents.dropped.to_pylist() == []
     row = documents.table.to_pylist()[1]
-    assert (row["small"], row["half"], row["flag"], row["long"]) == (2, 1.5, False, "b")
+    assert (row["small"], row["half"], row["flag"], row["long"], row["category"]) == (2, 1.5, False, "b", "b")
     assert row["day"] == row["moment"] == datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
 
 
-@pytest.mark.parametrize(
-    ("column", "kind"), [("words", "list"), ("huge", "uint64"), ("money", "decimal128"), ("category", "dictionary")]
-)
+@pytest.mark.parametrize(("column", "kind"), [("words", "list"), ("huge", "uint64"), ("money", "decimal128")])
 def test_a_type_that_cannot_be_kept_is_a_problem(typed: Path, column: str, kind: str) -> None:
     (problem,) = _problems(f"type: parquet\npath: {typed}\nkeep: [{column}]")
     assert problem.message.startswith(f"({column}) has type {kind}") and "leave it out or convert it" in problem.message
