@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.node import model_folder
-from penstock.cluster.published import open_rows, open_searcher
+from penstock.cluster.published import open_duplicates, open_rows, open_searcher
 from penstock.cluster.storage import Store, open_store
 from penstock.operators.encoding import Encoder, EncoderWorker, Precision
 from penstock.operators.indexing import Family, Metric
@@ -102,6 +103,12 @@ class OpenIndex:
             parts = list(pool.map(lambda searcher: searcher.search(vectors, k, point), self._searchers))
         hits = merge_hits(parts, k)
         return Found(hits.ids, hits.similarities, self._rows(hits) if rows else None)
+
+    def duplicates(self, ids: Sequence[str]) -> pa.Table:
+        """The passages that those of `ids` stand for in the index: a table of id, document_id and represented_by."""
+        wanted = pa.array(list(ids), pa.string())
+        links = [open_duplicates(self._store, shard) for shard in self._shards]
+        return pa.concat_tables([table.filter(pc.is_in(table.column("represented_by"), wanted)) for table in links])
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Query vectors float32 (q, d) of texts."""

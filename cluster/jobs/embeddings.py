@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,6 @@ class EmbeddingJob:
     device: str
     known: tuple[str, ...] = ()
 
-    @property
-    def vector_type(self) -> pa.DataType:
-        return pa.list_(pa.from_numpy_dtype(np.dtype(self.store_format)), self.encoder.dimension)
-
 
 @dataclass(frozen=True)
 class EmbeddingTask:
@@ -94,7 +90,6 @@ class Pool:
     count: int
     cpus: float
     gpus: float = 0.0
-    constructor: dict[str, Any] = field(default_factory=dict)
 
 
 def find_known(task: KnownTask) -> tuple[str, int]:
