@@ -19,7 +19,7 @@ demo: $(VENV)/demo
 		"keep a copy of a remote file on local disk"
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 10
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow

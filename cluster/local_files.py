@@ -29,8 +29,9 @@ def temporary_file(folder: Path) -> Iterator[Path]:
     """A fresh empty file in a folder; whatever still has its name at the end is removed."""
     temporary = folder / f"{TEMPORARY_PREFIX}{uuid4().hex}"
     for _ in range(FOLDER_TRIES):
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
+        # Somebody may prune the empty folder between the two, and also within mkdir, which then takes it for a file.
+        with suppress(FileNotFoundError, FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
             temporary.touch(exist_ok=False)
             break
     try:

@@ -247,7 +247,8 @@ def embed_fragments(session: Session, job: EmbeddingJob, tasks: list[EmbeddingTa
 
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     data: ray.data.Dataset = ray.data.from_arrow([pa.Table.from_pylist([vars(task)]) for task in tasks])
-    at_once = min(2 * pool.count, len(tasks))
+    # One reader and one writer for each encoder keep it fed; every one more is a process that takes seconds to start.
+    at_once = min(pool.count, len(tasks))
     data = data.map_batches(read, num_cpus=IO_CPUS, concurrency=at_once, **whole)
     data = data.map_batches(EncodeFragments, fn_constructor_args=(job,), **encode_options(), **whole)
     data = data.map_batches(write, num_cpus=IO_CPUS, concurrency=at_once, **whole)

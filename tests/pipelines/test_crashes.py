@@ -100,6 +100,7 @@ def test_killed_driver_resumes_without_repeating(
     assert ledger["embeddings"]["rows_out"] == len(clean)
 
 
+@pytest.mark.slow
 def test_killed_worker_is_replaced_and_its_fragment_redone(
     crowd: Workspace, clean: dict[str, list[float]], tmp_path: Path
 ) -> None:
@@ -114,7 +115,7 @@ def test_killed_worker_is_replaced_and_its_fragment_redone(
     assert read_ledger(attempt.root)["embeddings"]["encoded"] == len(clean)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_run_leaves_soon_and_resumes(
     crowd: Workspace, clean: dict[str, list[float]], tmp_path: Path, stop: signal.Signals
 ) -> None:

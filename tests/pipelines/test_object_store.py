@@ -73,6 +73,7 @@ def test_same_version_and_files_as_on_local_disk(
     assert len(answers) == 5 and answers[0]["module"].startswith("s3fs")
 
 
+@pytest.mark.slow
 def test_faults_of_the_store_change_nothing(
     s3_server: S3Server, pipeline_file: Path, local_manifest: dict[str, Any]
 ) -> None:

@@ -126,7 +126,7 @@ def test_duplicate_texts_stay_findable_through_their_representative(
     }
 
 
-@pytest.mark.parametrize("policy", ["error", "first", "last"])
+@pytest.mark.parametrize("policy", ["error", "first", pytest.param("last", marks=pytest.mark.slow)])
 def test_duplicate_ids_follow_the_policy_for_any_cut(
     workspace: Workspace, documents: list[Document], policy: str
 ) -> None:
