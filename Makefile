@@ -19,10 +19,10 @@ demo: $(VENV)/demo
 		"keep a copy of a remote file on local disk"
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 10
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --durations 10
 
 test-slow: $(VENV)/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/pytest -m slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -41,6 +41,7 @@ $(VENV)/dev: $(VENV)/wheel
 $(VENV)/wheel: $(SOURCES) constraints.txt $(VENV)/base
 	rm -rf build dist *.egg-info
 	$(PIP) wheel --no-deps --wheel-dir dist .
+	rm -rf build *.egg-info
 	$(PIP) uninstall --yes penstock
 	touch $@
 
