@@ -107,7 +107,7 @@ def publish_manifest(catalog: Catalog, manifest: dict[str, Any]) -> dict[str, An
     if _contents(stored) != _contents(manifest):
         raise PublishConflict(
             f"version {version} of index {catalog.index} is there already, with other files (run {stored['run_id']}); "
-            "this run's are left out: remove one of the two by `penstock gc`, and run again"
+            "the published one stays as it is, and this run's manifest was not written"
         )
     return stored
 
