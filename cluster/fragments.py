@@ -40,7 +40,8 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run did for one fragment: the receipt, and what it cost this time."""
+    """What a run did for one fragment: the receipt, and what it cost this time; `worker` is JSON of the encoder's own
+    figures."""
 
     receipt: Receipt
     encoded: int = 0
@@ -48,6 +49,12 @@ class Work:
     busy_s: float = 0.0
     bytes_read: int = 0
     bytes_written: int = 0
+    encoded_tokens: int = 0
+    padded_tokens: int = 0
+    flops: float = 0.0
+    budget_halvings: int = 0
+    restarts: int = 0
+    worker: str = ""
 
 
 def write_fragment(store: Store, path: str, table: pa.Table, receipt: Receipt | None = None) -> int:

@@ -9,6 +9,7 @@ from penstock.cluster.storage import Store, open_store
 from penstock.operators.chunking import PassageTokenizer
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.models import ModelUnavailable, hash_tokenizer, resolve_model, tokenizer_folder
+from penstock.operators.tokenizing import TextTokenizer
 
 CACHE_VARIABLE = "PENSTOCK_CACHE"
 S3_PREFIX = "s3://"
@@ -45,6 +46,18 @@ def model_folder(reference: str) -> Path:
 @functools.cache
 def tokenizer(reference: str, expected_hash: str) -> PassageTokenizer:
     """The tokenizer of a model on this node, which must be the one that the plan was made with."""
+    return PassageTokenizer(_tokenizer_folder(reference, expected_hash))
+
+
+@functools.cache
+def text_tokenizer(
+    reference: str, expected_hash: str, prompt: str, window: int | None, special_tokens: int
+) -> TextTokenizer:
+    """The tokenizer that makes an encoder's token ids on this node, which must be the one of the plan."""
+    return TextTokenizer(_tokenizer_folder(reference, expected_hash), prompt, window, special_tokens)
+
+
+def _tokenizer_folder(reference: str, expected_hash: str) -> Path:
     folder = model_folder(reference)
     found = hash_tokenizer(folder)
     if found != expected_hash:
@@ -52,7 +65,7 @@ def tokenizer(reference: str, expected_hash: str) -> PassageTokenizer:
             f"tokenizer of the model ({reference}) must be {expected_hash[:16]}, which the run was planned with, got "
             f"{found[:16]} on this node; pin the model's revision, or give all nodes the same folder"
         )
-    return PassageTokenizer(tokenizer_folder(folder))
+    return tokenizer_folder(folder)
 
 
 def _fetch_model(reference: str) -> Path:

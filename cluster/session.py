@@ -84,7 +84,9 @@ class Session:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return resources
 
-    def stream(self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1) -> Iterator[R]:
+    def stream(
+        self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1, gpus: float = 0
+    ) -> Iterator[R]:
         """Results of `function` on each task, as they finish, in any order.
 
         At most two tasks per CPU are in flight, so that neither tasks nor results pile up in the driver. A worker
@@ -99,7 +101,8 @@ class Session:
         self.start()
         import ray
 
-        remote = ray.remote(num_cpus=cpus, max_retries=5, retry_exceptions=False)(function)
+        options: dict[str, Any] = {"num_cpus": cpus} | ({"num_gpus": gpus} if gpus else {})
+        remote = ray.remote(**options, max_retries=5, retry_exceptions=False)(function)
         in_flight_limit = max(2, int(2 * self.resources().get("CPU", 1) / max(cpus, 0.5)))
         waiting: list[Any] = []
         for task in tasks:
@@ -109,9 +112,9 @@ class Session:
         while waiting:
             yield _take_first(waiting)
 
-    def run(self, function: Callable[[T], R], task: T, *, cpus: float = 1) -> R:
+    def run(self, function: Callable[[T], R], task: T, *, cpus: float = 1, gpus: float = 0) -> R:
         """One task on a worker."""
-        return next(iter(self.stream(function, [task], cpus=cpus)))
+        return next(iter(self.stream(function, [task], cpus=cpus, gpus=gpus)))
 
 
 def reraise(error: Exception) -> None:

@@ -388,6 +388,11 @@ def _sum_by_owner(owners: np.ndarray, values: np.ndarray, count: int) -> np.ndar
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a model folder.
+
+    Raises:
+        ValueError: the folder holds none, or none with character offsets.
+    """
     path = folder / "tokenizer.json"
     if path.exists():
         return Tokenizer.from_file(str(path))

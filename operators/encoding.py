@@ -1,29 +1,19 @@
-"""Encode passages and queries with a sentence-transformers model.
-
-Batches are formed by a token budget over length-sorted texts, so that little is padded; the order of rows is restored.
-Vectors are the same for any batch size up to float rounding: within 2e-6 per component in float32 on CPU
-(tests/operators/test_encoding.py).
-"""
+"""What an encoder is and what it gives: the descriptor that identifies a vector space, batches, faults of vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from penstock.operators.chunking import PassageTokenizer
 from penstock.operators.identity import fingerprint
-from penstock.operators.models import ModelCard, read_model_card, tokenizer_folder
+from penstock.operators.models import ModelCard
+from penstock.operators.tokenizing import Fault
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-OPERATOR_VERSION = 1
-DEFAULT_BATCH_TOKENS = 4096  # larger batches leave the L2 cache: 16k tokens cost 1.5 times 4k on a 2 MiB-L2 CPU
+OPERATOR_VERSION = 2
+VECTOR = "vector"
 NON_FINITE = "non_finite_vector"
 ZERO = "zero_vector"
 OVERFLOW = "float16_overflow"
@@ -37,6 +27,13 @@ class Precision(StrEnum):
     FLOAT16 = "float16"
 
 
+class Backend(StrEnum):
+    """What runs the model: torch, or what sentence-transformers loads for `backend=`."""
+
+    TORCH = "torch"
+    OPENVINO = "openvino"
+
+
 class ModelMismatch(Exception):
     """The model found is not the one that the descriptor, or the index, was made with."""
 
@@ -45,7 +42,9 @@ class ModelMismatch(Exception):
 class Encoder:
     """Frozen descriptor of an encoder: what crosses to a worker, which loads the weights there.
 
-    `prompt` is put before each text; `dimension` truncates (Matryoshka) before vectors are normalised to unit length.
+    `prompt` is put before each text; `dimension` truncates (Matryoshka) before vectors are normalised to unit length;
+    `layers` runs the first transformer layers alone; `task` is "document" or "query", for models that route by it.
+    Without `batch_tokens` the worker finds the budget by measurement.
     """
 
     model: str
@@ -58,8 +57,11 @@ class Encoder:
     prompt: str
     normalize: bool
     precision: Precision = Precision.FLOAT32
-    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    batch_tokens: int | None = None
     trust_remote_code: bool = False
+    layers: int | None = None
+    backend: Backend = Backend.TORCH
+    task: str = "document"
 
     def parameters(self) -> dict[str, object]:
         """All that changes a vector, and nothing else: not where the model lies, nor the batch size."""
@@ -74,6 +76,8 @@ class Encoder:
             "prompt": self.prompt,
             "normalize": self.normalize,
             "precision": self.precision.value,
+            "layers": self.layers,
+            "backend": self.backend.value,
         }
 
     def fingerprint(self) -> str:
@@ -85,51 +89,42 @@ class Encoder:
         return fingerprint(**{name: value for name, value in self.parameters().items() if name != "prompt"})
 
 
+@dataclass
+class Effort:
+    """What encoding took: real and padded tokens of the batches, seconds the device computed and seconds altogether,
+    floating point operations (of the linear layers and attention), and out-of-memory retries."""
+
+    tokens: int = 0
+    padded_tokens: int = 0
+    busy_s: float = 0.0
+    wall_s: float = 0.0
+    flops: float = 0.0
+    budget_halvings: int = 0
+    restarts: int = 0
+
+    def add(self, other: Effort) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors float32 (N, d) in the order of the texts; `tokens` and `truncated_tokens` int32 (N,) count what the model
-    was given (with prompt and special tokens) and what of it lay beyond its window."""
+    """What an encoder made of N texts, in their order.
 
-    vectors: np.ndarray
-    tokens: np.ndarray
-    truncated_tokens: np.ndarray
-
-
-class EncoderWorker:
-    """Loads a model once and encodes texts; one per worker process. Without a device, torch's best one is taken.
-
-    Raises:
-        ModelMismatch: the folder's hashes differ from the descriptor's.
+    `columns` are named arrays of N rows; an encoder of dense vectors yields "vector", float32 (N, d). `tokens` and
+    `truncated_tokens` int32 (N,) count what the model was given (with prompt and special tokens) and what of it lay
+    beyond its window. Rows in `faults` have no usable vector.
     """
 
-    def __init__(self, encoder: Encoder, folder: Path, threads: int | None = None, device: str | None = None) -> None:
-        card = read_model_card(encoder.model, folder)
-        check_same_model(encoder, card)
-        self.encoder = encoder
-        self._tokenizer = PassageTokenizer(tokenizer_folder(folder))
-        self._model = _load(encoder, folder, threads, device)
+    columns: dict[str, np.ndarray]
+    tokens: np.ndarray
+    truncated_tokens: np.ndarray
+    faults: dict[int, Fault]
+    effort: Effort
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode texts; peak memory is one batch of `batch_tokens` tokens plus the vectors (N * d * 4 bytes)."""
-        encoder = self.encoder
-        lengths = self._tokenizer.count([encoder.prompt + text for text in texts]) + encoder.special_tokens
-        window = encoder.max_tokens or int(lengths.max(initial=1))
-        vectors = np.empty((len(texts), encoder.dimension), dtype=np.float32)
-        for rows in token_batches(np.minimum(lengths, window), encoder.batch_tokens):
-            vectors[rows] = self._encode_batch([texts[row] for row in rows])
-        truncated = np.maximum(lengths - window, 0).astype(np.int32)
-        return Encoded(vectors, np.minimum(lengths, window).astype(np.int32), truncated)
-
-    def _encode_batch(self, texts: list[str]) -> np.ndarray:
-        raw = self._model.encode(
-            texts,
-            prompt=self.encoder.prompt,
-            batch_size=len(texts),
-            show_progress_bar=False,
-            convert_to_tensor=True,
-        )
-        vectors = raw.float().cpu().numpy()[:, : self.encoder.dimension]
-        return unit_length(vectors) if self.encoder.normalize else vectors
+    @property
+    def vectors(self) -> np.ndarray:
+        return self.columns[VECTOR]
 
 
 def encoder_for(card: ModelCard, *, prompt: str, dimension: int, normalize: bool, **options: object) -> Encoder:
@@ -159,16 +154,16 @@ def check_same_model(encoder: Encoder, card: ModelCard) -> None:
             )
 
 
-def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def token_batches(lengths: np.ndarray, batch_tokens: int, most_rows: int | None = None) -> Iterator[np.ndarray]:
     """Row numbers grouped into batches of padded size (rows * longest) within `batch_tokens`, longest rows first.
 
-    A row longer than the budget is a batch of its own.
+    A row longer than the budget is a batch of its own; no batch has more than `most_rows` rows.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
-        rows = max(batch_tokens // longest, 1)
+        rows = min(max(batch_tokens // longest, 1), most_rows or len(order))
         yield order[start : start + rows]
         start += rows
 
@@ -198,21 +193,3 @@ def vector_faults(vectors: np.ndarray, stored: np.dtype[np.floating]) -> dict[in
     for row in np.flatnonzero(np.isfinite(peaks) & (peaks > limit)):
         faults[int(row)] = OVERFLOW
     return faults
-
-
-def _load(encoder: Encoder, folder: Path, threads: int | None, device: str | None) -> SentenceTransformer:
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if threads:
-        torch.set_num_threads(threads)
-    model = SentenceTransformer(
-        str(folder),
-        device=device,
-        trust_remote_code=encoder.trust_remote_code,
-        local_files_only=True,
-        model_kwargs={"use_safetensors": True},
-    )
-    return model.to(getattr(torch, encoder.precision.value)).eval()

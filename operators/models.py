@@ -7,7 +7,7 @@ optional `@revision`. Weights are read from safetensors only.
 import hashlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class ModelUnavailable(Exception):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model folder states: identities, limits and prompts. `max_tokens` is None for a model without a window."""
+    """What a model folder states: identities, limits, prompts by name and similarity function ("cosine", "dot",
+    "euclidean", "manhattan"). `max_tokens` is None for a model without a window."""
 
     reference: str
     weights_hash: str
@@ -61,6 +62,9 @@ class ModelCard:
     special_tokens: int
     query_prompt: str
     document_prompt: str
+    prompts: dict[str, str] = field(default_factory=dict)
+    similarity: str | None = None
+    layers: int | None = None
 
 
 def resolve_model(reference: str) -> Path:
@@ -95,7 +99,8 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
     modules = _modules(folder)
     _refuse_pickled_weights(folder, modules, reference)
     base = folder / modules[0]["path"]
-    prompts = _read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
+    stated = _read_json(folder / "config_sentence_transformers.json", {})
+    prompts = {name: text for name, text in (stated.get("prompts") or {}).items() if isinstance(text, str)}
     return ModelCard(
         reference=reference,
         weights_hash=_hash_files(folder, weights),
@@ -106,6 +111,9 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
         special_tokens=0 if _is_static(modules) else _special_tokens(base),
         query_prompt=_first_prompt(prompts, QUERY_PROMPT_NAMES),
         document_prompt=_first_prompt(prompts, DOCUMENT_PROMPT_NAMES),
+        prompts=prompts,
+        similarity=stated.get("similarity_fn_name"),
+        layers=_layers(base),
     )
 
 
@@ -267,6 +275,12 @@ def _max_tokens(base: Path, modules: list[dict[str, str]]) -> int | None:
     limit = _read_json(base / "tokenizer_config.json", {}).get("model_max_length")
     known = [int(value) for value in (positions, limit) if value and 0 < value < 10**9]  # xlnet states -1 for none
     return min(known) if known else None
+
+
+def _layers(base: Path) -> int | None:
+    """Transformer layers, where the configuration says."""
+    layers = _read_json(base / "config.json", {}).get("num_hidden_layers")
+    return layers if isinstance(layers, int) else None
 
 
 def _special_tokens(base: Path) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from penstock.operators.deduplication import DuplicateIds
-from penstock.operators.encoding import DEFAULT_BATCH_TOKENS, Precision
+from penstock.operators.encoding import Backend, Precision
 from penstock.operators.indexing import Codec, Family, Metric
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -102,14 +102,38 @@ class Prompts(Section):
     document: str = ""
 
 
+class PromptNames(Section):
+    """Prompts by the names that the model gives them."""
+
+    query: Text | None = None
+    document: Text | None = None
+
+
 class Workers(Section):
     """The pool of encoder workers."""
 
     count: Count | None = Field(None, description="Workers; without it, as many as the cluster's CPUs or GPUs allow.")
+    min: Count | None = Field(None, description="Workers at least, of a pool that shrinks and grows; with max.")
+    max: Count | None = Field(None, description="Workers at most, of a pool that shrinks and grows; with min.")
     cpus: Count = Field(1, description="CPUs, and so threads, of a worker.")
     gpus: Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)] = Field(
         0.0, description="GPUs of a worker; may be a fraction."
     )
+    timeout_s: Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)] = Field(
+        600.0, description="A batch that takes longer counts as hung: its worker is started again."
+    )
+
+    @model_validator(mode="after")
+    def _count_or_range(self) -> Self:
+        if (self.min is None) != (self.max is None):
+            raise ValueError("min and max go together: give both, or count")
+        if self.count is not None and self.max is not None:
+            raise ValueError(f"count ({self.count}) and max ({self.max}) exclude each other: give one of them")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min ({self.min}) must be at most max ({self.max})")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus ({self.gpus:g}) must be a whole number, or a fraction below 1")
+        return self
 
 
 class Embedding(Section):
@@ -117,12 +141,35 @@ class Embedding(Section):
 
     model: Text = Field(description="Hub id@revision, folder, s3:// folder, or package:<module>.")
     dimension: Count | None = Field(None, description="Keep only the first components (Matryoshka models).")
-    precision: Precision = Precision.FLOAT32
+    layers: Count | None = Field(None, description="Run only the first transformer layers (needs layers_trained).")
+    layers_trained: Switch = Field(
+        False, description="The model was trained so that its first layers serve alone (2D Matryoshka, Starbucks)."
+    )
+    precision: Precision | Literal["auto"] = Field(
+        "auto", description="auto: the fastest whose vectors agree with float32 on texts of the corpus."
+    )
+    backend: Backend = Field(Backend.TORCH, description="What runs the model: torch, or openvino on Intel CPUs.")
     prompts: Prompts | None = None
-    batch_tokens: Count = Field(DEFAULT_BATCH_TOKENS, description="Padded tokens of a batch.")
+    prompt_names: PromptNames | None = None
+    batch_tokens: Count | None = Field(None, description="Padded tokens of a batch; without it, found by measurement.")
     store: Literal["float16", "float32"] = Field("float16", description="Format of the stored vectors.")
     trust_remote_code: Switch = Field(False, description="Run Python code that the model's folder brings along.")
     workers: Workers = Workers()
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.layers is not None and not self.layers_trained:
+            raise ValueError(
+                f"layers ({self.layers}) gives useless vectors unless the model was trained for it (2D Matryoshka, "
+                "Starbucks): set layers_trained to true if it was, or leave layers out"
+            )
+        if self.prompts is not None and self.prompt_names is not None:
+            raise ValueError("prompts and prompt_names exclude each other: give the texts, or their names in the model")
+        if self.backend is not Backend.TORCH and self.workers.gpus:
+            raise ValueError(f"backend ({self.backend.value}) runs on CPUs: leave workers.gpus out")
+        if self.backend is not Backend.TORCH and self.layers is not None:
+            raise ValueError(f"layers ({self.layers}) needs backend torch")
+        return self
 
 
 class Deduplicate(Section):
@@ -136,7 +183,7 @@ class Index(Section):
 
     family: Family = Family.HNSW
     codec: Codec = Codec.NONE
-    metric: Metric = Metric.COSINE
+    metric: Metric | None = Field(None, description="Without it, the model's own similarity.")
     shards: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
     recall: Share = Field(0.95, description="Recall that the default operating point must reach.")
     rerank: Switch = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")

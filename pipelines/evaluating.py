@@ -84,7 +84,7 @@ def _queries(session: Session, resolved: Resolved, chain: Chain, root: str) -> Q
         store, path = split_path(evaluate.queries)
         return session.run(encode_queries, EncodeQueriesTask(store.url, path, resolved.query_encoder))
     fragments = tuple(sorted(chain.embeddings.values()))
-    metric = resolved.pipeline.index.metric
+    metric = resolved.metric
     task = SampleTask(
         root, chain.embeddings_fingerprint, fragments, chain.rows, evaluate.queries, evaluate.seed, metric
     )
@@ -96,7 +96,7 @@ def _truth(
 ) -> Neighbours:
     fragments = sorted(chain.embeddings.values())
     groups = [tuple(fragments[i : i + EXACT_FRAGMENTS]) for i in range(0, len(fragments), EXACT_FRAGMENTS)]
-    metric = resolved.pipeline.index.metric
+    metric = resolved.metric
     tasks = [ExactTask(root, chain.embeddings_fingerprint, group, queries, k, metric) for group in groups]
     best: Neighbours | None = None
     for part in session.stream(find_exact, tasks):
@@ -122,7 +122,7 @@ def _measure(
     index = resolved.pipeline.index
     # One more than k: a query that is itself a passage finds itself first.
     tasks = [
-        MeasureTask(root, shard, index.family, index.metric, queries.vectors, k + 1, tuple(points), timed)
+        MeasureTask(root, shard, index.family, resolved.metric, queries.vectors, k + 1, tuple(points), timed)
         for shard in shards
     ]
     measured = []

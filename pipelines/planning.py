@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,9 +31,9 @@ from penstock.cluster.node import connect, model_folder
 from penstock.cluster.storage import Store
 from penstock.operators.chunking import Chunker, PassageType
 from penstock.operators.documents import DocumentReader, SourceType
-from penstock.operators.encoding import Encoder, encoder_for
+from penstock.operators.encoding import Encoder, Precision, encoder_for
 from penstock.operators.identity import fingerprint, fingerprint_set
-from penstock.operators.indexing import IndexSpec, Metric, factory_string, fewest_training_rows
+from penstock.operators.indexing import Codec, Family, IndexSpec, Metric, factory_string, fewest_training_rows
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
@@ -62,6 +62,19 @@ class Resolved:
     encoder: Encoder
     query_encoder: Encoder
     warnings: tuple[str, ...]
+    metric: Metric
+    decided: bool
+
+    @cached_property
+    def decision_fingerprint(self) -> str:
+        """Identity of the choice of precision: the encoder, less the precision."""
+        return fingerprint(**{**self.encoder.parameters(), "precision": "auto"})
+
+    def with_precision(self, precision: Precision) -> "Resolved":
+        """With the precision that `auto` came to mean."""
+        encoders = (replace(one, precision=precision) for one in (self.encoder, self.query_encoder))
+        encoder, query_encoder = encoders
+        return replace(self, encoder=encoder, query_encoder=query_encoder, decided=True)
 
     @cached_property
     def parameters(self) -> dict[str, dict[str, Any]]:
@@ -90,7 +103,7 @@ class Resolved:
             },
             EMBEDDINGS: self.encoder.parameters() | {"embedding.store": pipeline.embedding.store},
             TRAINING: {f"index.{name}": value for name, value in index.items()}
-            | {"index.metric": pipeline.index.metric.value, "version": TRAINING_VERSION},
+            | {"index.metric": self.metric.value, "version": TRAINING_VERSION},
             SHARDS: {
                 "index.shards": pipeline.index.shards,
                 "index.rerank": pipeline.index.rerank,
@@ -239,20 +252,24 @@ def resolve(pipeline: PipelineFile, origin: Origin) -> Resolved:
     files = find_files(pipeline.documents, origin)
     reader = document_reader(pipeline.documents, files, origin)
     dimension = pipeline.embedding.dimension or card.dimension
-    prompts = pipeline.embedding.prompts
+    metric = pipeline.index.metric or _own_metric(card, warnings)
+    auto = pipeline.embedding.precision == "auto"
     shared: dict[str, Any] = {
         "dimension": dimension,
-        "normalize": pipeline.index.metric is Metric.COSINE,
-        "precision": pipeline.embedding.precision,
+        "normalize": metric is Metric.COSINE,
+        "precision": Precision.FLOAT32 if auto else pipeline.embedding.precision,
         "batch_tokens": pipeline.embedding.batch_tokens,
         "trust_remote_code": pipeline.embedding.trust_remote_code,
+        "layers": pipeline.embedding.layers,
+        "backend": pipeline.embedding.backend,
     }
-    encoder = encoder_for(card, prompt=prompts.document if prompts else card.document_prompt, **shared)
-    query_encoder = encoder_for(card, prompt=prompts.query if prompts else card.query_prompt, **shared)
+    encoder = encoder_for(card, prompt=_prompt(pipeline, card, "document"), **shared)
+    query_encoder = encoder_for(card, prompt=_prompt(pipeline, card, "query"), task="query", **shared)
     chunker = _chunker(pipeline, card, encoder)
-    _check_index(pipeline, dimension, origin)
+    _check_index(pipeline, metric, dimension, origin)
     _check_evaluation(pipeline, origin)
-    return Resolved(pipeline, tuple(files), reader, card, chunker, encoder, query_encoder, tuple(warnings))
+    found = tuple(files), reader, card, chunker, encoder, query_encoder, tuple(warnings), metric
+    return Resolved(pipeline, *found, decided=not auto)
 
 
 def alias_head(pipeline: PipelineFile, store: Store) -> int:
@@ -266,11 +283,12 @@ def alias_head(pipeline: PipelineFile, store: Store) -> int:
 
 def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
     """The plan against what is in the store; starts nothing, reads no rows of data."""
+    resolved = decided_before(resolved, store)
     past = last_run(store, resolved.pipeline.name)
     passages = plan_passages(resolved, store, past)
     facts = read_facts(store, resolved.selection_fingerprint)
     selection = _selection_plan(resolved, facts, past, passages)
-    chain = make_chain(resolved, facts) if facts is not None else None
+    chain = make_chain(resolved, facts) if facts is not None and resolved.decided else None
     if chain is None:
         later = [_unknown_plan(name, resolved, past) for name in STAGES[2:]]
         return Plan(resolved, (passages, selection, *later), None, False, True, head)
@@ -288,6 +306,8 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
 
 def _unknown_plan(stage: str, resolved: Resolved, past: PastRun | None) -> StagePlan:
     """A stage whose inputs are not known before selection: what has changed for it all the same."""
+    if stage == EMBEDDINGS and not resolved.decided:
+        return StagePlan(stage, None, None, None, why="precision auto: chosen by the run, on texts of the corpus")
     stage_fingerprint = resolved.stage_fingerprint(stage) if stage == EMBEDDINGS else None
     changed = differences(past.parameters.get(stage, {}), resolved.parameters[stage]) if past else ""
     why = f"changed parameter: {changed}" if changed else "follows from selection"
@@ -391,7 +411,7 @@ def index_spec(resolved: Resolved, rows: int) -> IndexSpec:
     return IndexSpec(
         family=index.family,
         codec=index.codec,
-        metric=index.metric,
+        metric=resolved.metric,
         dimension=resolved.encoder.dimension,
         factory=factory,
         training_rows=index.training_rows,
@@ -453,6 +473,15 @@ def _model_card(pipeline: PipelineFile, origin: Origin) -> ModelCard:
 def _check_model(pipeline: PipelineFile, card: ModelCard, origin: Origin) -> list[str]:
     """Warnings of a pipeline that asks for more than the model takes; problems when it cannot be done at all."""
     problems: list[Problem] = []
+    names = pipeline.embedding.prompt_names
+    for side, name in (("query", names.query), ("document", names.document)) if names else ():
+        if name is not None and name not in card.prompts:
+            rule = f"({name}) must be a prompt of the model, which has: {', '.join(sorted(card.prompts)) or 'none'}"
+            problems.append(origin.problem(f"embedding.prompt_names.{side}", rule))
+    layers = pipeline.embedding.layers
+    if layers and card.layers is not None and layers > card.layers:
+        rule = f"({layers}) must be at most the model's {card.layers}; lower it or leave it out"
+        problems.append(origin.problem("embedding.layers", rule))
     dimension = pipeline.embedding.dimension
     if dimension and dimension > card.dimension:
         rule = f"({dimension}) must be at most the model's {card.dimension}; lower it or leave it out"
@@ -483,8 +512,7 @@ def _room(pipeline: PipelineFile, card: ModelCard) -> int | None:
         return None
     from penstock.cluster.node import tokenizer
 
-    prompts = pipeline.embedding.prompts
-    prompt = prompts.document if prompts else card.document_prompt
+    prompt = _prompt(pipeline, card, "document")
     used = int(tokenizer(card.reference, card.tokenizer_hash).count([prompt])[0]) if prompt else 0
     return card.max_tokens - card.special_tokens - used
 
@@ -498,8 +526,50 @@ def _chunker(pipeline: PipelineFile, card: ModelCard, encoder: Encoder) -> Chunk
     return Chunker(PassageType(passages.type), tokens, overlap)
 
 
-def _check_index(pipeline: PipelineFile, dimension: int, origin: Origin) -> None:
+def _prompt(pipeline: PipelineFile, card: ModelCard, side: str) -> str:
+    """The text put before documents or queries: that of the file, of the name in the file, or the model's own."""
+    prompts, names = pipeline.embedding.prompts, pipeline.embedding.prompt_names
+    if prompts is not None:
+        return str(getattr(prompts, side))
+    name = getattr(names, side) if names is not None else None
+    if name is not None:
+        return card.prompts.get(name, "")
+    return card.document_prompt if side == "document" else card.query_prompt
+
+
+def _own_metric(card: ModelCard, warnings: list[str]) -> Metric:
+    """The metric of the similarity function that the model states; distances are served by cosine, with a warning."""
+    if card.similarity == "dot":
+        return Metric.INNER_PRODUCT
+    if card.similarity in ("euclidean", "manhattan"):
+        warnings.append(
+            f"{card.reference} states {card.similarity} distance as its similarity; the index compares by cosine: "
+            "set index.metric to say which you want"
+        )
+    return Metric.COSINE
+
+
+def decided_before(resolved: Resolved, store: Store) -> Resolved:
+    """With the precision that an earlier run on this root chose for this encoder, where the file leaves it open."""
+    if resolved.decided:
+        return resolved
+    try:
+        record = json.loads(store.read(precision_path(resolved.decision_fingerprint)))
+    except FileNotFoundError:
+        return resolved
+    return resolved.with_precision(Precision(record["chosen"]))
+
+
+def precision_path(decision_fingerprint: str) -> str:
+    """The record of the choice of a precision: made once for an encoder, so that all its vectors are of one kind."""
+    return f"encoders/{decision_fingerprint}.json"
+
+
+def _check_index(pipeline: PipelineFile, metric: Metric, dimension: int, origin: Origin) -> None:
     index = pipeline.index
+    if metric is Metric.INNER_PRODUCT and index.family is Family.HNSW and index.codec in (Codec.PQ, Codec.RABITQ):
+        rule = f"({index.codec.value}) with family hnsw is only built for metric cosine, and the model asks for dot"
+        raise PipelineFileInvalid([origin.problem("index.codec", rule + "; choose family ivf, codec sq8 or none")])
     try:
         factory_string(index.family, index.codec, dimension, nlist=index.nlist or 1, pq_bytes=index.pq_bytes)
     except ValueError as error:

@@ -4,7 +4,7 @@ machines."""
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ JSON_EVENT_INTERVAL_S = 1.0
 
 
 class Advance(Protocol):
-    """Tell that `amount` more is done, with a few words on it."""
+    """Tell that `amount` more is done, with a few words on it, and the figures in those words for machines."""
 
-    def __call__(self, amount: float, detail: str = "") -> None: ...
+    def __call__(self, amount: float, detail: str = "", figures: Mapping[str, float] | None = None) -> None: ...
 
 
 class Reporter(Protocol):
@@ -51,7 +51,7 @@ class TerminalReporter:
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(name, total=total, unit=unit, detail="")
 
-            def advance(amount: float, detail: str = "") -> None:
+            def advance(amount: float, detail: str = "", figures: Mapping[str, float] | None = None) -> None:
                 progress.update(task, advance=amount, detail=detail)
 
             yield advance
@@ -70,7 +70,7 @@ class LineReporter:
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
         started, done = time.monotonic(), [0.0]
 
-        def advance(amount: float, detail: str = "") -> None:
+        def advance(amount: float, detail: str = "", figures: Mapping[str, float] | None = None) -> None:
             done[0] += amount
 
         yield advance
@@ -91,11 +91,12 @@ class JsonReporter:
         state = {"done": 0.0, "told": 0.0}
         self._event("stage_started", stage=name, total=total, unit=unit)
 
-        def advance(amount: float, detail: str = "") -> None:
+        def advance(amount: float, detail: str = "", figures: Mapping[str, float] | None = None) -> None:
             state["done"] += amount
             if time.monotonic() - state["told"] >= JSON_EVENT_INTERVAL_S:
                 state["told"] = time.monotonic()
-                self._event("progress", stage=name, done=state["done"], total=total, unit=unit, detail=detail)
+                more = {"figures": dict(figures)} if figures else {}
+                self._event("progress", stage=name, done=state["done"], total=total, unit=unit, detail=detail, **more)
 
         started = time.monotonic()
         yield advance
@@ -119,7 +120,7 @@ class SilentReporter:
 
     @contextmanager
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
-        yield lambda amount, detail="": None
+        yield lambda amount, detail="", figures=None: None
 
     def note(self, text: str) -> None:
         pass

@@ -175,6 +175,8 @@ def _model(resolved: Resolved) -> dict[str, Any]:
         "dimension": encoder.dimension,
         "normalize": encoder.normalize,
         "precision": encoder.precision.value,
+        "layers": encoder.layers,
+        "backend": encoder.backend.value,
         "document_prompt": encoder.prompt,
         "query_prompt": resolved.query_encoder.prompt,
         "trust_remote_code": encoder.trust_remote_code,

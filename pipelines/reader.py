@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,8 @@ from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.node import model_folder
 from penstock.cluster.published import open_duplicates, open_rows, open_searcher
 from penstock.cluster.storage import Store, open_store
-from penstock.operators.encoding import Encoder, EncoderWorker, Precision
+from penstock.operators.encoder_worker import QUERY_BATCH_TOKENS, EncoderWorker
+from penstock.operators.encoding import Backend, Encoder, Precision
 from penstock.operators.indexing import Family, Metric
 from penstock.operators.searching import Hits, SearchParameters, ShardSearcher, merge_hits, normalize
 from penstock.pipelines.publishing import FORMAT, shards_of
@@ -131,7 +132,7 @@ class OpenIndex:
     @cached_property
     def _encoder(self) -> EncoderWorker:
         encoder = query_encoder(self.manifest["model"], self._trust_remote_code)
-        return EncoderWorker(encoder, model_folder(encoder.model))
+        return EncoderWorker(replace(encoder, batch_tokens=QUERY_BATCH_TOKENS), model_folder(encoder.model))
 
     def _vectors(self, queries: str | Sequence[str] | np.ndarray) -> np.ndarray:
         if isinstance(queries, np.ndarray):
@@ -216,4 +217,7 @@ def query_encoder(model: dict[str, Any], trust_remote_code: bool) -> Encoder:
         normalize=model["normalize"],
         precision=Precision(model["precision"]),
         trust_remote_code=trust_remote_code,
+        layers=model.get("layers"),
+        backend=Backend(model.get("backend", Backend.TORCH)),
+        task="query",
     )

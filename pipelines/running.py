@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 from penstock.cluster.catalog import AliasEntry, Catalog
 from penstock.cluster.fragments import Receipt, Work, write_fragment
 from penstock.cluster.jobs.embeddings import (
+    AgreementTask,
     EmbeddingJob,
     EmbeddingTask,
     KnownTask,
     Pool,
+    check_agreement,
     embed_fragments,
     find_known,
 )
@@ -40,13 +42,16 @@ from penstock.cluster.layout import (
     SHARDS,
     TRAINING,
     dead_letter_path,
+    fragment_path,
     stage_record_path,
 )
 from penstock.cluster.leases import Lease, acquire
 from penstock.cluster.session import Session
-from penstock.cluster.storage import StorageUnavailable, Store
+from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store
 from penstock.operators.deduplication import DuplicateIds
+from penstock.operators.encoding import Backend
 from penstock.pipelines.config import TabularDocuments
+from penstock.pipelines.embedding_meter import EmbeddingMeter
 from penstock.pipelines.evaluating import evaluate
 from penstock.pipelines.gate import Check, failed, gate_checks
 from penstock.pipelines.history import Status, new_run_id, write_dead_letters, write_run, write_sources
@@ -59,6 +64,7 @@ from penstock.pipelines.planning import (
     Resolved,
     alias_moves,
     check_trainable,
+    decided_before,
     evaluation_path,
     facts_path,
     facts_table,
@@ -66,6 +72,7 @@ from penstock.pipelines.planning import (
     finished_shards,
     make_chain,
     pending_passages,
+    precision_path,
     read_facts,
     vector_bytes,
 )
@@ -81,6 +88,7 @@ from penstock.pipelines.publishing import (
 )
 
 RECEIPTS_PER_TASK = 500
+SAMPLE_FRAGMENTS = 8  # that the check of precisions takes passages from
 # An actor takes a little less than its CPUs, so that reading and writing find a place beside a full pool.
 ACTOR_CPU_SHARE = 0.98
 
@@ -100,6 +108,8 @@ class Report:
     index_bytes: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
+    encoder: dict[str, Any] | None = None
+    agreement: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -118,6 +128,8 @@ class Report:
             "index_bytes": self.index_bytes,
             "seconds": round(self.seconds, 3),
             "notes": list(self.notes),
+            "encoder": self.encoder,
+            "agreement": self.agreement,
         }
 
 
@@ -150,6 +162,8 @@ class Run:
         self._reporter = reporter
         self._catalog = Catalog(store, resolved.pipeline.name)
         self._entries: list[StageEntry] = []
+        self._agreement: dict[str, Any] | None = None
+        self._encoder: dict[str, Any] | None = None
         self._started = time.monotonic()
         self._record: dict[str, Any] = {
             "run_id": run_id,
@@ -184,6 +198,7 @@ class Run:
         self._write_stage_record(PASSAGES, self.resolved.stage_fingerprint(PASSAGES))
         self._passages()
         facts = self._selection()
+        self._decide_precision(facts)
         chain = make_chain(self.resolved, facts)
         check_trainable(self.resolved, chain, self._origin)
         for stage, stage_fingerprint in chain.stages(self.resolved).items():
@@ -201,6 +216,8 @@ class Run:
         path = stage_record_path(stage, stage_fingerprint)
         if self._store.info(path) is None:
             record = {"stage": stage, "fingerprint": stage_fingerprint, "parameters": self.resolved.parameters[stage]}
+            if stage == EMBEDDINGS and self._agreement is not None:
+                record["agreement"] = self._agreement
             write_json(self._store, path, record)
 
     def _passages(self) -> None:
@@ -326,6 +343,58 @@ class Run:
         receipts = [receipt for group in groups for receipt in group]
         return sorted(receipts, key=lambda receipt: receipt.fragment)
 
+    def _decide_precision(self, facts: Sequence[FragmentFacts]) -> None:
+        """Choose the precision that `auto` stands for, once per encoder and root; and measure what the file's choices
+        (dimension, layers, backend) cost, where there is something to measure."""
+        resolved = self.resolved
+        embedding = resolved.pipeline.embedding
+        path = precision_path(resolved.decision_fingerprint)
+        known = read_json(self._store, path)
+        shortened = resolved.encoder.dimension < resolved.card.dimension
+        plain = resolved.decided and embedding.backend is Backend.TORCH and not shortened
+        wanted = None if embedding.precision == "auto" else embedding.precision
+        if plain or (known is not None and (wanted is None or known["chosen"] == wanted.value)):
+            self._agreement = known if not plain else None
+            self.resolved = decided_before(resolved, self._store)
+            return
+        kept = sorted(fact.passages for fact in facts if fact.kept)
+        step = -(-len(kept) // SAMPLE_FRAGMENTS)
+        task = AgreementTask(self._job(""), resolved.card.dimension, tuple(kept[::step]), wanted)
+        workers = embedding.workers
+        with self._reporter.stage("precision", 1, "check") as advance:
+            cpus = workers.cpus * ACTOR_CPU_SHARE
+            found = self._session.run(check_agreement, task, cpus=cpus, gpus=workers.gpus)
+            advance(1, f"{found.chosen.value}")
+        record = found.to_json()
+        if wanted is None:
+            try:
+                record = self._store.create(path, record)
+            except AlreadyExists:  # another run of this encoder was faster: all use what it chose
+                record = read_json(self._store, path) or record
+            self.resolved = decided_before(resolved, self._store)
+        self._agreement = record
+        overlap = record["dimension_overlap_at_10"]
+        if overlap is not None:
+            self._reporter.note(
+                f"dimension {resolved.encoder.dimension} of {resolved.card.dimension}: {overlap:.1%} of the 10 nearest "
+                f"neighbours of full vectors, on {record['sample_texts']} passages"
+            )
+
+    def _job(self, embeddings_fingerprint: str) -> EmbeddingJob:
+        resolved = self.resolved
+        workers = resolved.pipeline.embedding.workers
+        return EmbeddingJob(
+            root=self._store.url,
+            passages_fingerprint=resolved.stage_fingerprint(PASSAGES),
+            selection_fingerprint=resolved.selection_fingerprint,
+            fingerprint=embeddings_fingerprint,
+            encoder=resolved.encoder,
+            store_format=resolved.pipeline.embedding.store,
+            threads=workers.cpus,
+            device="cuda" if workers.gpus else "cpu",
+            timeout_s=workers.timeout_s,
+        )
+
     def _embeddings(self, chain: Chain) -> list[Receipt]:
         started = time.monotonic()
         done = finished_fragments(self._store, EMBEDDINGS, chain.embeddings_fingerprint)
@@ -340,7 +409,7 @@ class Run:
         earlier = [name for name in chain.embeddings.values() if name not in fresh]
         receipts = [*fresh.values(), *self._receipts(EMBEDDINGS, chain.embeddings_fingerprint, sorted(earlier))]
         entry = _entry(EMBEDDINGS, works, len(kept), started)
-        capacity_s = entry.seconds * (pool.count if pool else 0)
+        capacity_s = entry.seconds * (pool.most if pool else 0)
         self._entries.append(
             replace(
                 entry,
@@ -354,39 +423,45 @@ class Run:
             self._reporter.warn(f"{entry.truncated_tokens:,} tokens lay beyond the model's window and were truncated")
         return receipts
 
-    def _embed(self, chain: Chain, todo: Sequence[FragmentFacts], donors: list[str], pool: Pool) -> list[Work]:
-        resolved = self.resolved
-        job = EmbeddingJob(
-            root=self._store.url,
-            passages_fingerprint=resolved.stage_fingerprint(PASSAGES),
-            selection_fingerprint=resolved.selection_fingerprint,
-            fingerprint=chain.embeddings_fingerprint,
-            encoder=resolved.encoder,
-            store_format=resolved.pipeline.embedding.store,
-            threads=resolved.pipeline.embedding.workers.cpus,
-            device="cuda" if resolved.pipeline.embedding.workers.gpus else "cpu",
-        )
-        rows = sum(fact.kept for fact in todo)
+    def _embed(self, chain: Chain, todo: Sequence[FragmentFacts], done: list[str], pool: Pool) -> list[Work]:
+        job = self._job(chain.embeddings_fingerprint)
+        donors = self._donors(chain, done)
         if donors:
             job = replace(job, known=self._known(job, todo, donors))
         tasks = [
             EmbeddingTask(fact.passages, chain.embeddings[fact.passages], fact.kept < fact.passages_in) for fact in todo
         ]
         works: list[Work] = []
-        tokens = 0
+        rows = sum(fact.kept for fact in todo)
         with self._reporter.stage("embeddings", rows, "passages") as advance:
-            started = time.monotonic()
-            advance(0, f"starting {pool.count} workers")
-            for work in embed_fragments(self._session, job, tasks, pool):
+            meter = EmbeddingMeter(rows, pool.most, advance)
+            meter.starting()
+            for work in embed_fragments(self._session, job, tasks, pool, meter.live):
                 works.append(work)
-                tokens += work.receipt.tokens
-                advance(work.receipt.rows_in, f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+                meter.finished(work)
+        self._encoder = meter.summary(works)
+        for warning in meter.warnings(works):
+            self._reporter.warn(warning)
         return works
+
+    def _donors(self, chain: Chain, done: Sequence[str]) -> list[str]:
+        """Embeddings files that may hold vectors of the passages: of this encoder, or of it with more components."""
+        donors = [fragment_path(EMBEDDINGS, chain.embeddings_fingerprint, name) for name in done]
+        own = self.resolved.parameters[EMBEDDINGS]
+        for name in self._store.folders(f"stages/{EMBEDDINGS}"):
+            record = read_json(self._store, stage_record_path(EMBEDDINGS, name)) or {}
+            theirs = record.get("parameters", {})
+            same = {**theirs, "dimension": own["dimension"]} == own
+            if same and theirs["dimension"] > own["dimension"]:
+                names = sorted(finished_fragments(self._store, EMBEDDINGS, name))
+                return donors + [fragment_path(EMBEDDINGS, name, fragment) for fragment in names]
+        return donors
 
     def _known(self, job: EmbeddingJob, todo: Sequence[FragmentFacts], donors: list[str]) -> tuple[str, ...]:
         """Tables of the vectors that earlier fragments of this encoder hold for passages to embed now."""
-        donor_rows = sum(self._sizes(EMBEDDINGS, job.fingerprint)) // vector_bytes(self.resolved)
-        buckets = bucket_count(donor_rows)
+        folders = {donor.rpartition("/")[0] for donor in donors}
+        stored = sum(info.size_bytes for folder in folders for info in self._store.list(folder))
+        buckets = bucket_count(stored // vector_bytes(self.resolved))
         pending = tuple(fact.passages for fact in todo)
         tasks = [KnownTask(job, self.run_id, pending, tuple(donors), bucket, buckets) for bucket in range(buckets)]
         paths, found = [], 0
@@ -397,9 +472,6 @@ class Run:
                 advance(1, f"{found:,} vectors known")
         return tuple(sorted(paths))
 
-    def _sizes(self, stage: str, stage_fingerprint: str) -> Iterable[int]:
-        return (info.size_bytes for info in self._store.list(f"stages/{stage}/{stage_fingerprint}"))
-
     def _pool(self, tasks: int) -> Pool:
         """The encoder workers: as many as the file says, or as fit; never more than there are fragments."""
         workers = self.resolved.pipeline.embedding.workers
@@ -407,15 +479,18 @@ class Run:
         fit = int(have.get("CPU", 1) // workers.cpus)
         if workers.gpus:
             fit = min(fit, int(have.get("GPU", 0) / workers.gpus))
-        wanted = workers.count or max(fit, 1)
-        if wanted > fit and not os.environ.get("RAY_ADDRESS"):
+        least = workers.count or workers.min or max(fit, 1)
+        most = workers.max or least
+        if least > fit and not os.environ.get("RAY_ADDRESS"):
             rule = (
-                f"({wanted} workers of {workers.cpus} CPUs and {workers.gpus:g} GPUs) must fit on this machine, "
+                f"({least} workers of {workers.cpus} CPUs and {workers.gpus:g} GPUs) must fit on this machine, "
                 f"which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower them, "
                 "or set RAY_ADDRESS to a cluster"
             )
             raise PipelineFileInvalid([self._origin.problem("embedding.workers", rule)])
-        return Pool(min(wanted, tasks), workers.cpus * ACTOR_CPU_SHARE, workers.gpus)
+        if not os.environ.get("RAY_ADDRESS"):
+            most = min(most, max(fit, 1))
+        return Pool(min(least, tasks), min(most, tasks), workers.cpus * ACTOR_CPU_SHARE, workers.gpus)
 
     def _training(self, chain: Chain) -> None:
         if self._store.info(training_record_path(chain.training_fingerprint)) is not None:
@@ -551,6 +626,8 @@ class Run:
             index_bytes=index_bytes(shards),
             seconds=time.monotonic() - self._started,
             notes=notes,
+            encoder=self._encoder,
+            agreement=self._agreement,
         )
 
     def _promote(

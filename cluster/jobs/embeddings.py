@@ -1,15 +1,17 @@
-"""Passages → embeddings: read, take the vectors that are known, encode the rest on a pool of workers, write.
+"""Passages → embeddings: read and tokenise, take the vectors that are known, encode the rest on a pool, write.
 
-A vector's identity is (encoder, hash of the passage text). Whatever an earlier fragment of the same encoder holds is
-taken from
-there by a join on that hash; only texts that nobody encoded before reach the model, each once per fragment.
+A vector's identity is (encoder, hash of the passage text). Whatever an earlier fragment of the same encoder holds (or
+of one that differs only in keeping more components) is taken from there by a join on that hash; only texts that nobody
+encoded before reach the model, each once per fragment.
 """
 
-import ctypes
+import contextlib
 import hashlib
+import json
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,17 +29,24 @@ from penstock.cluster.fragments import (
 )
 from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, dead_letter_path, fragment_path, run_folder
-from penstock.cluster.node import connect, model_folder
+from penstock.cluster.node import cache_folder, connect, model_folder, text_tokenizer
 from penstock.cluster.session import Session, reraise
 from penstock.cluster.storage import Store
+from penstock.operators.agreement import Agreement, compare_precisions
 from penstock.operators.deadletters import DeadLetter, dead_letter_table, reasons
 from penstock.operators.deduplication import bucket_of, hash_prefix
-from penstock.operators.encoding import Encoder, EncoderWorker, vector_faults
+from penstock.operators.encoder_process import IsolatedEncoder, ProcessOptions, call_in_process
+from penstock.operators.encoding import Effort, Encoded, Encoder, Precision, unit_length, vector_faults
 from penstock.operators.identity import TEXT_HASH_TYPE
+from penstock.operators.tokenizing import TOKENIZER_ERROR, Fault, Tokenized
 
 KNOWN_SCHEMA = pa.schema(
     [("fragment", pa.string()), ("text_hash", TEXT_HASH_TYPE), ("donor", pa.string()), ("donor_row", pa.int64())]
 )
+BUDGETS = "batch-budgets"  # folder of the node's cache
+SAMPLE_TEXTS = 512
+LIVE_INTERVAL_S = 1.0
+TOKENIZER_COLUMNS = ("token_ids", "token_length", "token_fault")
 PASSAGE_COLUMNS = ["passage_id", "row_hash", "text_hash", "text", "source", "position", "document_id"]
 # Reading and writing need little CPU, and must find a place beside encoders that fill all CPUs.
 IO_CPUS = 0.01
@@ -59,7 +68,12 @@ class EmbeddingJob:
     store_format: str
     threads: int
     device: str
+    timeout_s: float = 600.0
     known: tuple[str, ...] = ()
+
+    def process_options(self) -> ProcessOptions:
+        """How an encoder's process is set up on the node that asks."""
+        return ProcessOptions(self.threads, self.device, cache_folder() / BUDGETS, self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ class EmbeddingTask:
 
 @dataclass(frozen=True)
 class KnownTask:
-    """One bucket of the join of pending fragments with the embeddings that are there."""
+    """One bucket of the join of pending fragments with the embeddings files (`donors`, by path) that are there."""
 
     job: EmbeddingJob
     run_id: str
@@ -85,11 +99,53 @@ class KnownTask:
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoder workers: how many, and what each takes of the cluster."""
+    """Encoder workers: how many, at least and at most, and what each takes of the cluster."""
 
-    count: int
+    least: int
+    most: int
     cpus: float
     gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class AgreementTask:
+    """The check of precisions: fragments to sample texts from, and the precision to use whatever the check says."""
+
+    job: EmbeddingJob
+    full_dimension: int
+    fragments: tuple[str, ...]
+    wanted: Precision | None
+
+
+@dataclass
+class Live:
+    """What the encoders are doing, summed over the pool: rows and tokens encoded, padded tokens, seconds that encoders
+    computed, operations; `rows` by fragment."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    padded_tokens: int = 0
+    busy_s: float = 0.0
+    flops: float = 0.0
+    workers: int = 0
+    peak_flops: float = 0.0
+
+
+def check_agreement(task: AgreementTask) -> Agreement:
+    """Compare precisions on texts of the corpus, in a process of its own."""
+    job = task.job
+    store = connect(job.root)
+    texts: list[str] = []
+    for fragment in task.fragments:  # rows lie in the order of a hash: the first ones are a random sample
+        path = fragment_path(PASSAGES, job.passages_fingerprint, fragment)
+        table = read_fragment(store, path, ["text"])
+        texts += table.column("text").slice(0, -(-SAMPLE_TEXTS // len(task.fragments))).to_pylist()
+    options = job.process_options()
+    arguments = (job.encoder, task.full_dimension, model_folder(job.encoder.model), texts, task.wanted)
+    found: Agreement = call_in_process(
+        compare_precisions, *arguments, options.threads, options.device, options.cache, options=options
+    )
+    return found
 
 
 def find_known(task: KnownTask) -> tuple[str, int]:
@@ -124,6 +180,7 @@ def load_passages(job: EmbeddingJob, task: EmbeddingTask) -> pa.Table:
     if task.has_exclusions:
         table = kept_rows(store, table, job.selection_fingerprint, task.passages)
     table = table.combine_chunks().append_column("vector", _known_vectors(store, job, task.passages, table))
+    table = _with_token_ids(job, table)
     constants = {
         "output": pa.array([task.output] * table.num_rows),
         "ids_digest": pa.array([ids_digest(table)] * table.num_rows),
@@ -134,26 +191,40 @@ def load_passages(job: EmbeddingJob, task: EmbeddingTask) -> pa.Table:
     return table
 
 
-def encode_passages(job: EmbeddingJob, worker: EncoderWorker, table: pa.Table) -> pa.Table:
-    """Fill in the vectors that are not known, encoding each text once; text goes, counts and faults come."""
-    started = time.perf_counter()
+def rows_to_encode(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows without a vector; the first row of each text among them; and for each of the former its place in the
+    latter."""
     missing = np.flatnonzero(pc.is_null(table.column("vector")).to_numpy(zero_copy_only=False))
     hashes = np.array(table.column("text_hash").take(pa.array(missing)).to_pylist(), dtype=object)
     _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
-    unique_rows = missing[first]
-    encoded = worker.encode(table.column("text").take(pa.array(unique_rows)).to_pylist())
+    return missing, missing[first], back
+
+
+def encode_passages(
+    job: EmbeddingJob,
+    worker: IsolatedEncoder,
+    table: pa.Table,
+    on_rows: Callable[[np.ndarray, float], None] | None = None,
+) -> pa.Table:
+    """Fill in the vectors that are not known, encoding each text once; text goes, counts and faults come."""
+    missing, unique_rows, back = rows_to_encode(table)
+    texts = table.column("text").take(pa.array(unique_rows)).to_pylist()
+    encoded = worker.encode_tokens(_tokenized(table, unique_rows), texts, on_rows)
     stored = np.dtype(job.store_format)
     vectors = _filled(table, job, missing, encoded.vectors, back)
-    faults = {int(missing[i]): reason for i, reason in _faults_by_row(encoded.vectors, back, stored).items()}
+    by_row = _faults_by_row(encoded, back, stored)
+    faults = {int(missing[i]): fault for i, fault in by_row.items()}
     additions = {
         "vector": vector_column(vectors),
-        "fault": pa.array([faults.get(row) for row in range(table.num_rows)], pa.string()),
+        "fault": pa.array([faults[row].reason if row in faults else None for row in range(len(table))], pa.string()),
+        "fault_detail": pa.array([faults[r].detail if r in faults else None for r in range(len(table))], pa.string()),
         "tokens": _scattered(table.num_rows, unique_rows, encoded.tokens),
         "truncated_tokens": _scattered(table.num_rows, unique_rows, encoded.truncated_tokens),
         "encoded": pa.array(np.isin(np.arange(table.num_rows), unique_rows)),
-        "encode_s": pa.array([time.perf_counter() - started] * table.num_rows),
+        "effort": pa.array([json.dumps(asdict(encoded.effort))] * table.num_rows),
+        "worker": pa.array([json.dumps(worker.figures)] * table.num_rows),
     }
-    table = table.drop_columns(["text", "vector"])
+    table = table.drop_columns(["text", "vector", *TOKENIZER_COLUMNS])
     for name, column in additions.items():
         table = table.append_column(name, column)
     return table
@@ -177,6 +248,7 @@ def store_embeddings(job: EmbeddingJob, table: pa.Table) -> Work:
         passages=good.num_rows,
     )
     store = connect(job.root)
+    effort = Effort(**json.loads(table.column("effort")[0].as_py()))
     written = 0
     if letters.num_rows:
         written += write_fragment(store, dead_letter_path(EMBEDDINGS, job.fingerprint, output), letters)
@@ -194,41 +266,95 @@ def store_embeddings(job: EmbeddingJob, table: pa.Table) -> Work:
         ),
         encoded=_total(table, "encoded"),
         reused=table.num_rows - _total(table, "encoded"),
-        busy_s=table.column("encode_s")[0].as_py(),
+        busy_s=effort.busy_s,
         bytes_read=table.column("bytes_read")[0].as_py(),
         bytes_written=written,
+        padded_tokens=effort.padded_tokens,
+        encoded_tokens=effort.tokens,
+        flops=effort.flops,
+        budget_halvings=effort.budget_halvings,
+        restarts=effort.restarts,
+        worker=table.column("worker")[0].as_py(),
     )
 
 
 class EncodeFragments:
-    """The actor of the pool: loads the model once, then encodes one fragment per call."""
+    """The actor of the pool: loads the model once, then encodes one fragment per call, and tells `live` how far it
+    is."""
 
-    def __init__(self, job: EmbeddingJob) -> None:
-        self._job = job
+    def __init__(self, job: EmbeddingJob, live: Any) -> None:  # noqa: ANN401
+        self._job, self._live = job, live
         self._failure: Exception | None = None
+        self._told_s = 0.0
+        self._untold = Live()
         try:
-            self._worker = EncoderWorker(job.encoder, model_folder(job.encoder.model), job.threads, job.device)
+            self._worker = IsolatedEncoder(job.encoder, model_folder(job.encoder.model), job.process_options())
+            peak = self._worker.figures["peak_flops"] or 0.0
+            live.add.remote(Live(workers=1, peak_flops=peak))
         except Exception as error:  # raised by the first call: an actor whose constructor raises loses the reason
             self._failure = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._failure is not None:
             raise self._failure
-        encoded = encode_passages(self._job, self._worker, table)
-        release_freed_memory()
-        return encoded
+        output = table.column("output")[0].as_py()
+        _, unique_rows, _ = rows_to_encode(table)
+        lengths = table.column("token_length").to_numpy()[unique_rows]
+        limit = self._job.encoder.max_tokens or int(lengths.max(initial=1))
+
+        def tell(rows: np.ndarray, seconds: float) -> None:
+            tokens = np.minimum(lengths[rows], limit)
+            told = self._untold
+            told.rows[output] = told.rows.get(output, 0) + len(rows)
+            told.tokens += int(tokens.sum())
+            told.padded_tokens += int(tokens.max(initial=0)) * len(rows)
+            told.busy_s += seconds
+            told.flops += self._flops(tokens)
+            if time.monotonic() - self._told_s >= LIVE_INTERVAL_S:
+                self._live.add.remote(told)
+                self._untold, self._told_s = Live(), time.monotonic()
+
+        return encode_passages(self._job, self._worker, table, tell)
+
+    def _flops(self, tokens: np.ndarray) -> float:
+        figures, lengths = self._worker.figures, tokens.astype(np.float64)
+        return float(figures["flops_per_token"] * lengths.sum() + figures["attention_flops"] * (lengths**2).sum())
 
 
-def release_freed_memory() -> None:
-    """Give back what the C library keeps of freed batches: 260 MiB after 1,600 texts in batches of many shapes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need it less
-    if trim is not None:
-        trim(0)
+class LiveFigures:
+    """Where all encoders of a run say how far they are; one small actor."""
+
+    def __init__(self) -> None:
+        self._total = Live()
+
+    def add(self, more: Live) -> None:
+        total = self._total
+        for fragment, rows in more.rows.items():
+            total.rows[fragment] = total.rows.get(fragment, 0) + rows
+        total.tokens += more.tokens
+        total.padded_tokens += more.padded_tokens
+        total.busy_s += more.busy_s
+        total.flops += more.flops
+        total.workers += more.workers
+        total.peak_flops += more.peak_flops
+
+    def read(self) -> Live:
+        return self._total
 
 
-def embed_fragments(session: Session, job: EmbeddingJob, tasks: list[EmbeddingTask], pool: Pool) -> Iterator[Work]:
-    """Stream fragments through read → encode → write; what was done for each comes back as it is written."""
+def embed_fragments(
+    session: Session,
+    job: EmbeddingJob,
+    tasks: list[EmbeddingTask],
+    pool: Pool,
+    on_live: Callable[[Live], None] | None = None,
+) -> Iterator[Work]:
+    """Stream fragments through read and tokenise → encode → write; what was done for each comes back as it is written.
+
+    `on_live` hears about once a second, from a thread of its own, what the encoders are at.
+    """
     session.start()
+    import ray
     import ray.data
     import ray.exceptions
 
@@ -242,22 +368,53 @@ def embed_fragments(session: Session, job: EmbeddingJob, tasks: list[EmbeddingTa
         return pa.Table.from_pylist([fields])
 
     def encode_options() -> dict[str, Any]:
-        options: dict[str, Any] = {"compute": ray.data.ActorPoolStrategy(size=pool.count), "num_cpus": pool.cpus}
+        strategy = ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most, initial_size=pool.most)
+        options: dict[str, Any] = {"compute": strategy, "num_cpus": pool.cpus}
         return options | ({"num_gpus": pool.gpus} if pool.gpus else {})
 
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    live: Any = ray.remote(num_cpus=0)(LiveFigures).remote()
     data: ray.data.Dataset = ray.data.from_arrow([pa.Table.from_pylist([vars(task)]) for task in tasks])
     # One reader and one writer for each encoder keep it fed; every one more is a process that takes seconds to start.
-    at_once = min(pool.count, len(tasks))
+    at_once = min(pool.most, len(tasks))
     data = data.map_batches(read, num_cpus=IO_CPUS, concurrency=at_once, **whole)
-    data = data.map_batches(EncodeFragments, fn_constructor_args=(job,), **encode_options(), **whole)
+    data = data.map_batches(EncodeFragments, fn_constructor_args=(job, live), **encode_options(), **whole)
     data = data.map_batches(write, num_cpus=IO_CPUS, concurrency=at_once, **whole)
     try:
-        for batch in data.iter_batches(prefetch_batches=0, **whole):
-            for fields in pa.table(batch).to_pylist():
-                yield Work(**{**fields, "receipt": Receipt.from_json(fields["receipt"])})
+        with _listening(live, on_live):
+            for batch in data.iter_batches(prefetch_batches=0, **whole):
+                for fields in pa.table(batch).to_pylist():
+                    yield Work(**{**fields, "receipt": Receipt.from_json(fields["receipt"])})
     except (ray.exceptions.RayError, RuntimeError) as error:
         reraise(error)
+    finally:
+        ray.kill(live)
+
+
+@contextlib.contextmanager
+def _listening(live: Any, on_live: Callable[[Live], None] | None) -> Iterator[None]:  # noqa: ANN401
+    """Ask the live figures once in LIVE_INTERVAL_S, in a thread, until the work is done."""
+    import ray
+    import ray.exceptions
+
+    done = threading.Event()
+
+    def listen() -> None:
+        while not done.wait(LIVE_INTERVAL_S):
+            try:
+                figures = ray.get(live.read.remote())
+            except ray.exceptions.RayError:  # figures are a courtesy: the work goes on without them
+                continue
+            if on_live and not done.is_set():
+                on_live(figures)
+
+    thread = threading.Thread(target=listen, name="live-figures", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def ids_digest(table: pa.Table) -> str:
@@ -274,8 +431,7 @@ def ids_digest(table: pa.Table) -> str:
 def _donor_hashes(store: Store, task: KnownTask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     hashes, owners, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     for number, donor in enumerate(task.donors):
-        path = fragment_path(EMBEDDINGS, task.job.fingerprint, donor)
-        values = hash_prefix(read_fragment(store, path, ["text_hash"]).column("text_hash"))
+        values = hash_prefix(read_fragment(store, donor, ["text_hash"]).column("text_hash"))
         inside = np.flatnonzero(bucket_of(values, task.buckets) == task.bucket)
         hashes.append(values[inside])
         owners.append(np.full(len(inside), number, np.int32))
@@ -326,14 +482,49 @@ def _known_by_hash(store: Store, job: EmbeddingJob, fragment: str, wanted: set[b
             known = pq.read_table(stream, filters=[("fragment", "==", fragment)], page_checksum_verification=True)
         for donor in pc.unique(known.column("donor")).to_pylist():
             rows = known.filter(pc.equal(known.column("donor"), donor)).column("donor_row")
-            held = read_fragment(store, fragment_path(EMBEDDINGS, job.fingerprint, donor), ["text_hash", "embedding"])
-            held = held.take(rows.combine_chunks())
-            for text_hash, vector in zip(
-                held.column("text_hash").to_pylist(), vectors_of(held.column("embedding")), strict=True
-            ):
+            held = read_fragment(store, donor, ["text_hash", "embedding"]).take(rows.combine_chunks())
+            vectors = _shortened(vectors_of(held.column("embedding")), job)
+            for text_hash, vector in zip(held.column("text_hash").to_pylist(), vectors, strict=True):
                 if text_hash in wanted:
                     found[text_hash] = vector
     return found
+
+
+def _shortened(vectors: np.ndarray, job: EmbeddingJob) -> np.ndarray:
+    """Stored vectors in the dimension of the job: longer ones are truncated, and normalised again where it says so."""
+    dimension = job.encoder.dimension
+    if vectors.shape[1] == dimension:
+        return vectors
+    shorter = vectors[:, :dimension].astype(np.float32)
+    return unit_length(shorter) if job.encoder.normalize else shorter
+
+
+def _with_token_ids(job: EmbeddingJob, table: pa.Table) -> pa.Table:
+    """Add the token ids of the texts to encode; other rows have none."""
+    encoder = job.encoder
+    _, rows, _ = rows_to_encode(table)
+    tokenizer = text_tokenizer(
+        encoder.model, encoder.tokenizer_hash, encoder.prompt, encoder.max_tokens, encoder.special_tokens
+    )
+    tokenized = tokenizer.tokenize(table.column("text").take(pa.array(rows)).to_pylist())
+    place = np.full(table.num_rows, -1, np.int64)
+    place[rows] = np.arange(len(rows))
+    indices = pa.array(place, mask=place < 0)
+    details = [tokenized.faults[row].detail if row in tokenized.faults else None for row in range(len(rows))]
+    columns = (tokenized.ids, pa.array(tokenized.lengths), pa.array(details, pa.string()))
+    for name, column in zip(TOKENIZER_COLUMNS, columns, strict=True):
+        table = table.append_column(name, column.take(indices))
+    return table.set_column(
+        table.column_names.index("token_length"), "token_length", pc.fill_null(table.column("token_length"), 0)
+    )
+
+
+def _tokenized(table: pa.Table, rows: np.ndarray) -> Tokenized:
+    taken = table.select(TOKENIZER_COLUMNS).take(pa.array(rows)).combine_chunks()
+    ids, lengths, details = (taken.column(name) for name in TOKENIZER_COLUMNS)
+    whole = ids.chunk(0) if ids.num_chunks else pa.array([], ids.type)
+    faults = {row: Fault(TOKENIZER_ERROR, detail) for row, detail in enumerate(details.to_pylist()) if detail}
+    return Tokenized(whole, lengths.to_numpy(), faults)
 
 
 def _filled(table: pa.Table, job: EmbeddingJob, missing: np.ndarray, fresh: np.ndarray, back: np.ndarray) -> np.ndarray:
@@ -350,8 +541,11 @@ def _filled(table: pa.Table, job: EmbeddingJob, missing: np.ndarray, fresh: np.n
     return vectors
 
 
-def _faults_by_row(vectors: np.ndarray, back: np.ndarray, stored: np.dtype[Any]) -> dict[int, str]:
-    faults = vector_faults(vectors, stored) if len(vectors) else {}
+def _faults_by_row(encoded: Encoded, back: np.ndarray, stored: np.dtype[Any]) -> dict[int, Fault]:
+    """Faults of the rows to encode: those that the encoder named, and vectors that cannot be stored."""
+    faults = dict(encoded.faults)
+    for row, reason in (vector_faults(encoded.vectors, stored) if len(encoded.vectors) else {}).items():
+        faults.setdefault(row, Fault(reason, "the model's vector for this passage cannot be stored"))
     return {row: faults[int(unique)] for row, unique in enumerate(back) if int(unique) in faults}
 
 
@@ -372,10 +566,10 @@ def _dead_letters(rows: pa.Table) -> pa.Table:
             source=row["source"],
             position=row["position"],
             reason=row["fault"],
-            detail="the model's vector for this passage cannot be stored",
+            detail=row["fault_detail"],
             document_id=row["document_id"],
             passage_id=row["passage_id"],
         )
-        for row in rows.select(["source", "position", "fault", "document_id", "passage_id"]).to_pylist()
+        for row in rows.select(["source", "position", "fault", "fault_detail", "document_id", "passage_id"]).to_pylist()
     ]
     return dead_letter_table(letters)

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,8 @@ from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.layout import EMBEDDINGS, fragment_path
 from penstock.cluster.node import connect, model_folder
 from penstock.cluster.published import open_searcher
-from penstock.operators.encoding import Encoder, EncoderWorker
+from penstock.operators.encoder_worker import QUERY_BATCH_TOKENS, EncoderWorker
+from penstock.operators.encoding import Encoder
 from penstock.operators.evaluation import Neighbours, exact_neighbours
 from penstock.operators.indexing import Family, Metric
 from penstock.operators.searching import Hits, SearchParameters
@@ -120,7 +121,8 @@ def sample_queries(task: SampleTask) -> Queries:
 def encode_queries(task: EncodeQueriesTask) -> Queries:
     """Read and encode a file of queries: one JSON object a line, with `text` and an optional `id` (or `_id`)."""
     ids, texts = _read_queries(task)
-    worker = EncoderWorker(task.encoder, model_folder(task.encoder.model), device="cpu")
+    encoder = replace(task.encoder, batch_tokens=QUERY_BATCH_TOKENS)
+    worker = EncoderWorker(encoder, model_folder(encoder.model), device="cpu")
     return Queries(tuple(ids), worker.encode(texts).vectors, tuple(None for _ in ids))
 
 

@@ -75,7 +75,7 @@ def test_a_worker_refuses_another_model_than_was_planned(session: Session, tmp_p
     )
     write_fragment(open_store(str(tmp_path)), fragment_path("passages", "p", "p"), passages, Receipt("p", 2, 2))
     with pytest.raises(ModelMismatch, match="weights_hash of the model"):
-        list(embed_fragments(session, job, [EmbeddingTask("p", "o", False)], Pool(1, 0.98)))
+        list(embed_fragments(session, job, [EmbeddingTask("p", "o", False)], Pool(1, 1, 0.98)))
 
 
 def test_a_missing_input_is_told_in_one_line(session: Session, tmp_path: Path) -> None:
@@ -83,4 +83,4 @@ def test_a_missing_input_is_told_in_one_line(session: Session, tmp_path: Path) -
     encoder = Encoder(MODEL, card.weights_hash, card.tokenizer_hash, card.configuration_hash, 256, 2, 384, "", True)
     job = EmbeddingJob(str(tmp_path), "p", "s", "e", encoder, "float16", 1, "cpu")
     with pytest.raises(WorkFailed, match="FileNotFoundError.*stages/passages/p/p.parquet.*does not exist"):
-        list(embed_fragments(session, job, [EmbeddingTask("p", "o", False)], Pool(1, 0.98)))
+        list(embed_fragments(session, job, [EmbeddingTask("p", "o", False)], Pool(1, 1, 0.98)))

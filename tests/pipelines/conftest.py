@@ -57,7 +57,7 @@ class Workspace:
                 "fragment_bytes": 16_384,
             },
             "passages": {"type": "tokens", "tokens": 64, "overlap": 8},
-            "embedding": {"model": MODEL, "workers": {"count": 1}},
+            "embedding": {"model": MODEL, "precision": "float32", "batch_tokens": 2048, "workers": {"count": 1}},
             "index": {"family": "flat", "shards": 2, "recall": 1.0},
             "evaluate": {"queries": 20},
             "gate": {"recall": 1.0},

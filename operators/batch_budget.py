@@ -1,0 +1,77 @@
+"""How many padded tokens a batch should have: measured once per device and model, and remembered on the node."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from penstock.operators.identity import fingerprint
+
+CPU_BUDGETS = (1024, 2048, 4096, 8192)
+ACCELERATOR_BUDGETS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
+ROUNDS = 3
+TIME_LIMIT_S = 4.0
+# A larger batch must be faster by this much: it takes more memory and has more padding.
+WORTHWHILE = 0.95
+
+
+class BudgetCache:
+    """The budget of one model on one device, in a file of the node's cache; without a folder, nothing is kept."""
+
+    def __init__(self, folder: Path | None, key: dict[str, object]) -> None:
+        self._path = folder / f"{fingerprint(**key)}.json" if folder else None
+
+    def load(self) -> int | None:
+        """The budget found before, None when there is none that can be used."""
+        if self._path is None:
+            return None
+        try:
+            budget = json.loads(self._path.read_text())["batch_tokens"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return budget if isinstance(budget, int) and budget > 0 else None
+
+    def save(self, batch_tokens: int) -> None:
+        """Keep a budget. A cache that cannot be written only costs the next start its measurement."""
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+            partial.write_text(json.dumps({"batch_tokens": batch_tokens}))
+            partial.replace(self._path)
+        except OSError:
+            pass
+
+
+def find_budget(seconds_per_token: Callable[[int], float], accelerator: bool) -> int:
+    """The smallest budget that is about as fast as the fastest.
+
+    `seconds_per_token` runs one batch of a budget. The first round warms up, and ends where memory or TIME_LIMIT_S
+    does; in the others all budgets take turns, so that what else the machine does strikes all alike, and the least time
+    of each counts.
+    """
+    started = time.monotonic()
+    budgets: list[int] = []
+    for budget in ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS:
+        try:
+            seconds_per_token(budget)
+        except (RuntimeError, MemoryError):
+            if not budgets:
+                raise
+            break
+        budgets.append(budget)
+        if time.monotonic() - started > TIME_LIMIT_S:
+            break
+    least: dict[int, float] = {}
+    for _ in range(ROUNDS):
+        for budget in budgets:
+            least[budget] = min(least.get(budget, float("inf")), seconds_per_token(budget))
+        if time.monotonic() - started > TIME_LIMIT_S:
+            break
+    best = budgets[0]
+    for budget in budgets[1:]:
+        if least[budget] < least[best] * WORTHWHILE:
+            best = budget
+    return best
