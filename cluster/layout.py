@@ -22,6 +22,11 @@ def dead_letter_path(stage: str, stage_fingerprint: str, fragment: str) -> str:
     return f"{stage_folder(stage, stage_fingerprint)}/{fragment}.dropped.parquet"
 
 
+def documents_path(stage_fingerprint: str, fragment: str) -> str:
+    """The documents of a passages fragment, where passages are embedded within them: written before the fragment."""
+    return f"{stage_folder(PASSAGES, stage_fingerprint)}/{fragment}.documents.parquet"
+
+
 def stage_record_path(stage: str, fingerprint: str) -> str:
     return f"{stage_folder(stage, fingerprint)}/record.json"
 

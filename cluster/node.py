@@ -8,6 +8,7 @@ from penstock.cluster.corpus_files import open_corpus
 from penstock.cluster.storage import Store, open_store
 from penstock.operators.chunking import PassageTokenizer
 from penstock.operators.encoding import ModelMismatch
+from penstock.operators.late_chunking import DocumentTokenizer
 from penstock.operators.models import ModelUnavailable, hash_tokenizer, resolve_model, tokenizer_folder
 from penstock.operators.tokenizing import TextTokenizer
 
@@ -55,6 +56,12 @@ def text_tokenizer(
 ) -> TextTokenizer:
     """The tokenizer that makes an encoder's token ids on this node, which must be the one of the plan."""
     return TextTokenizer(_tokenizer_folder(reference, expected_hash), prompt, window, special_tokens)
+
+
+@functools.cache
+def document_tokenizer(reference: str, expected_hash: str, prompt: str, window: int | None) -> DocumentTokenizer:
+    """The tokenizer that cuts documents into an encoder's macro windows on this node."""
+    return DocumentTokenizer(_tokenizer_folder(reference, expected_hash), prompt, window)
 
 
 def _tokenizer_folder(reference: str, expected_hash: str) -> Path:

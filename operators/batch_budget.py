@@ -52,13 +52,15 @@ def find_budget(seconds_per_token: Callable[[int], float], accelerator: bool) ->
     does; in the others all budgets take turns, so that what else the machine does strikes all alike, and the least time
     of each counts.
     """
+    candidates = ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS
+    seconds_per_token(candidates[0])  # the first batch of all also loads kernels
     started = time.monotonic()
     budgets: list[int] = []
-    for budget in ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS:
+    for budget in candidates:
         try:
             seconds_per_token(budget)
-        except (RuntimeError, MemoryError):
-            if not budgets:
+        except (RuntimeError, MemoryError) as error:
+            if not budgets or not is_out_of_memory(error):
                 raise
             break
         budgets.append(budget)
@@ -75,3 +77,13 @@ def find_budget(seconds_per_token: Callable[[int], float], accelerator: bool) ->
         if least[budget] < least[best] * WORTHWHILE:
             best = budget
     return best
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory, of a device or of the host."""
+    import torch
+
+    words = str(error).lower()
+    host = "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words
+    host = host or "status_alloc_failed" in words
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and host)

@@ -57,18 +57,20 @@ _DOCUMENT_COLUMNS = ("document_id", "text", "source", "position")
 class PassageType(StrEnum):
     TOKENS = "tokens"
     WHOLE = "whole"
+    LATE = "late"
 
 
 @dataclass(frozen=True)
 class Chunker:
-    """How documents are cut. `whole`: one passage per document, of any length; `tokens` and `overlap` are unused."""
+    """How documents are cut. `whole`: one passage per document, of any length; `tokens` and `overlap` are unused.
+    `late`: as `tokens`, but a passage is embedded within its document, so that its text alone does not identify it."""
 
     kind: PassageType
     tokens: int
     overlap: int
 
     def __post_init__(self) -> None:
-        if self.kind is PassageType.TOKENS:
+        if self.kind is not PassageType.WHOLE:
             _check_window(self.tokens, self.overlap)
 
 
@@ -91,24 +93,31 @@ class PassageTokenizer:
 
     def spans_of(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`token_spans` of each text. Long texts are tokenised in segments, so the peak is about 40 bytes per token."""
+        return [spans for _, spans in self.tokens_of(texts)]
+
+    def tokens_of(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids, int32 (T,), and `token_spans` of each text."""
         segments = _segmented(texts)
-        offsets = [
-            _offsets(encoding)
-            for batch in _batches(segments.texts)
-            for encoding in self._tokenizer.encode_batch(batch, add_special_tokens=False)
+        found = [
+            (np.array(encoding.ids, np.int32), _offsets(encoding) + start)
+            for start, encoding in zip(segments.starts, self._encodings(segments.texts), strict=True)
         ]
-        for array, start in zip(offsets, segments.starts, strict=True):
-            array += start
-        lengths = np.array([len(array) for array in offsets], np.int64)
+        lengths = np.array([len(ids) for ids, _ in found], np.int64)
         boundaries = np.cumsum(_sum_by_owner(segments.owners, lengths, len(texts)))[:-1]
-        return np.split(np.concatenate([np.empty((0, 2), np.int64), *offsets]), boundaries) if texts else []
+        ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in found)])
+        spans = np.concatenate([np.empty((0, 2), np.int64), *(spans for _, spans in found)])
+        return list(zip(np.split(ids, boundaries), np.split(spans, boundaries), strict=True)) if texts else []
+
+    def _encodings(self, segments: Sequence[str]) -> Iterator[Encoding]:
+        for batch in text_batches(segments):
+            yield from self._tokenizer.encode_batch(batch, add_special_tokens=False)
 
     def count(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens of each text alone, without special tokens, int32 (N,)."""
         segments = _segmented(texts)
         lengths = [
             len(encoding)
-            for batch in _batches(segments.texts)
+            for batch in text_batches(segments.texts)
             for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         ]
         return _sum_by_owner(segments.owners, np.array(lengths, np.int64), len(texts)).astype(np.int32)
@@ -148,9 +157,24 @@ def chunk_documents(documents: pa.Table, chunker: Chunker, tokenizer: PassageTok
     The passages of a document depend on its text alone, not on the documents it comes with.
     """
     texts = documents.column("text").to_pylist()
-    passages = [cut for batch in _batches(texts) for cut in _cut_documents(batch, chunker, tokenizer)]
+    passages = [cut for batch in text_batches(texts) for cut in _cut_documents(batch, chunker, tokenizer)]
     empty = [number for number, cut in enumerate(passages) if not cut]
-    return _passage_table(documents, texts, passages), _no_tokens(documents, empty)
+    table = _passage_table(documents, texts, passages, in_context=chunker.kind is PassageType.LATE)
+    return table, _no_tokens(documents, empty)
+
+
+def text_batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Runs of texts of about BATCH_CHARACTERS; a longer text is a run of its own."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if batch and characters + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
 
 
 def normalise_for_comparison(text: str) -> str:
@@ -190,7 +214,7 @@ def _cut_documents(texts: Sequence[str], chunker: Chunker, tokenizer: PassageTok
             counts = tokenizer.count([text[start:end] for text, (start, end) in zip(texts, spans, strict=True)])
             counted = [_Span(*span, count) for span, count in zip(spans, counts.tolist(), strict=True)]
             return [[span] if span.tokens > 0 else [] for span in counted]
-        case PassageType.TOKENS:
+        case PassageType.TOKENS | PassageType.LATE:
             return _cut_into_windows(texts, chunker, tokenizer)
         case _:
             assert_never(chunker.kind)
@@ -302,13 +326,16 @@ def _check_window(tokens: int, overlap: int) -> None:
 # ---- tables
 
 
-def _passage_table(documents: pa.Table, texts: Sequence[str], passages: Sequence[Sequence[_Span]]) -> pa.Table:
+def _passage_table(
+    documents: pa.Table, texts: Sequence[str], passages: Sequence[Sequence[_Span]], in_context: bool
+) -> pa.Table:
     spans = [(owner, ordinal, *span) for owner, cut in enumerate(passages) for ordinal, span in enumerate(cut)]
     owners, ordinals, starts, ends, tokens = zip(*spans, strict=True) if spans else ((),) * 5
     schema = passages_schema(documents.schema)
     carried = documents.drop_columns("text").take(pa.array(owners, pa.int64()))
     pieces = [texts[owner][start:end] for owner, start, end in zip(owners, starts, ends, strict=True)]
     document_ids = carried.column("document_id").to_pylist()
+    identities = _in_context(texts, spans) if in_context else pieces
     passage_ids = [f"{document_id}#{ordinal}" for document_id, ordinal in zip(document_ids, ordinals, strict=True)]
     own = {
         "passage_id": passage_ids,
@@ -318,13 +345,19 @@ def _passage_table(documents: pa.Table, texts: Sequence[str], passages: Sequence
         "text": pieces,
         "tokens": tokens,
         "row_hash": row_hashes(passage_ids),
-        "text_hash": hash_texts(pieces),
+        "text_hash": hash_texts(identities),
         "normal_hash": hash_texts([normalise_for_comparison(piece) for piece in pieces]),
     }
     arrays = [
         pa.array(own[field.name], field.type) if field.name in own else carried.column(field.name) for field in schema
     ]
     return pa.table(arrays, schema=schema).sort_by([("row_hash", "ascending"), ("passage_id", "ascending")])
+
+
+def _in_context(texts: Sequence[str], spans: Sequence[tuple[int, ...]]) -> list[str]:
+    """What identifies the vector of a passage that is embedded within its document: that, its place there, its text."""
+    documents = [text_hash.hex() for text_hash in hash_texts(texts).to_pylist()]
+    return [f"{documents[owner]}:{start}:{end}:{texts[owner][start:end]}" for owner, _, start, end, _ in spans]
 
 
 def _no_tokens(documents: pa.Table, numbers: Sequence[int]) -> pa.Table:
@@ -360,20 +393,6 @@ def _segments(text: str) -> Iterator[tuple[int, str]]:
         yield start, text[start:cut]
         start = cut
     yield start, text[start:]
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Runs of texts of about BATCH_CHARACTERS; a longer text is a run of its own."""
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        if batch and characters + len(text) > BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-        batch.append(text)
-        characters += len(text)
-    if batch:
-        yield batch
 
 
 def _offsets(encoding: Encoding) -> np.ndarray:

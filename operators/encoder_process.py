@@ -24,7 +24,9 @@ from typing import Any, Self
 import numpy as np
 
 from penstock.operators.acceleration import keep_freed_memory, release_freed_memory
-from penstock.operators.encoding import VECTOR, Effort, Encoded, Encoder
+from penstock.operators.encoding import Effort, Encoded, Encoder
+from penstock.operators.late_chunking import Windows, passage_vectors, result_rows, result_zeros
+from penstock.operators.models import read_module_stack
 from penstock.operators.tokenizing import Fault, Tokenized
 
 CRASH = "encoder_crash"
@@ -62,6 +64,7 @@ class IsolatedEncoder:
     def __init__(self, encoder: Encoder, folder: Path, options: ProcessOptions = ProcessOptions()) -> None:
         self.encoder = encoder
         self._folder, self._options = folder, options
+        self._token_dimension = read_module_stack(folder).token_dimension
         self._child: _Child | None = None
         self.figures: dict[str, Any] = {}
         self.start()
@@ -102,7 +105,7 @@ class IsolatedEncoder:
 
     def encode_tokens(self, tokenized: Tokenized, texts: Sequence[str], on_rows: RowsDone | None = None) -> Encoded:
         """As EncoderWorker.encode_tokens; `on_rows` hears the rows of each batch and the seconds it took."""
-        call = _Call(self.encoder, tokenized, texts)
+        call = _Call(self.encoder, tokenized, texts, self._token_dimension)
         restarts = 0
         suspects = np.empty(0, np.int64)  # rows of the batch that a child died at: encoded one by one
         while True:
@@ -116,7 +119,7 @@ class IsolatedEncoder:
             if self._child is not None:
                 self._child.stop()
             restarts += 1
-            if restarts > RESTARTS_PER_CALL or not len(batch):
+            if restarts > RESTARTS_PER_CALL:
                 raise EncoderCrashed(
                     f"encoder ({self.encoder.model}): its process ended {restarts} times within one fragment "
                     f"({outcome}); check the model, or lower embedding.batch_tokens"
@@ -131,6 +134,24 @@ class IsolatedEncoder:
         call.effort.restarts = restarts
         return call.encoded()
 
+    def encode_spans(self, windows: Windows, on_rows: RowsDone | None = None) -> Encoded:
+        """As EncoderWorker.encode_spans; `on_rows` hears of windows."""
+        sums = self.encode_tokens(windows, (), on_rows)
+        return passage_vectors(windows, sums, self.encoder.dimension, self._project)
+
+    def _project(self, means: np.ndarray) -> np.ndarray:
+        assert self._child is not None
+        self._child.send(("project", means))
+        kind, *values = self._child.receive(self._options.timeout_s)
+        if kind == "raised":
+            raise values[0]
+        if kind != "projected":
+            ending = self._child.ending()
+            self.close()
+            raise EncoderCrashed(f"encoder ({self.encoder.model}): its process ended after pooling: {ending}")
+        vectors: np.ndarray = values[0]
+        return vectors
+
     def _converse(self, call: "_Call", suspects: np.ndarray, on_rows: RowsDone | None) -> str:
         """Have the child encode what is missing (or the suspects alone); returns "" or how the child ended."""
         rows = suspects if len(suspects) else call.missing()
@@ -138,7 +159,8 @@ class IsolatedEncoder:
         call.rows_at_work = np.empty(0, np.int64)
         began = time.perf_counter()
         try:
-            self._child.send(("encode", call.tokenized, call.texts, rows, bool(len(suspects))))
+            texts = () if self.figures["takes_token_ids"] else call.texts
+            self._child.send(("encode", call.tokenized, texts, rows, bool(len(suspects))))
         except OSError:
             call.rows_at_work = rows
             return self._child.ending()
@@ -166,13 +188,15 @@ class IsolatedEncoder:
 class _Call:
     """What is known so far of one call: survives the child."""
 
-    def __init__(self, encoder: Encoder, tokenized: Tokenized, texts: Sequence[str]) -> None:
+    def __init__(
+        self, encoder: Encoder, tokenized: Tokenized, texts: Sequence[str], token_dimension: int | None
+    ) -> None:
         self.tokenized, self.texts = tokenized, texts
-        self.vectors = np.zeros((len(texts), encoder.dimension), np.float32)
+        self.name, self.result = result_zeros(tokenized, encoder.dimension, token_dimension)
         self.faults: dict[int, Fault] = dict(tokenized.faults)
         self.effort = Effort()
         self.rows_at_work = np.empty(0, np.int64)
-        self._done = np.zeros(len(texts), bool)
+        self._done = np.zeros(len(tokenized), bool)
         window = encoder.max_tokens or int(tokenized.lengths.max(initial=1))
         self._tokens = np.minimum(tokenized.lengths, window).astype(np.int32)
         self._truncated = np.maximum(tokenized.lengths - window, 0)
@@ -183,15 +207,16 @@ class _Call:
         return np.flatnonzero(left)
 
     def take(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        self.vectors[rows] = vectors
+        self.result[result_rows(self.tokenized, rows)] = vectors
         self._done[rows] = True
+        self.rows_at_work = np.setdiff1d(self.rows_at_work, rows)
 
     def finish(self, faults: dict[int, Fault], effort: Effort) -> None:
         self.faults |= faults
         self.effort.add(effort)
 
     def encoded(self) -> Encoded:
-        return Encoded({VECTOR: self.vectors}, self._tokens, self._truncated, self.faults, self.effort)
+        return Encoded({self.name: self.result}, self._tokens, self._truncated, self.faults, self.effort)
 
 
 class _Child:
@@ -278,6 +303,9 @@ def _serve(connection: Connection) -> None:
                 case ("load", encoder, folder, options):
                     worker = EncoderWorker(encoder, folder, options.threads, options.device, options.cache)
                     connection.send(("loaded", worker.figures()))
+                case ("project", means):
+                    assert worker is not None
+                    connection.send(("projected", worker.project(means)))
                 case ("encode", tokenized, texts, rows, one_by_one):
                     assert worker is not None
                     encoded = worker.encode_tokens(
@@ -322,4 +350,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from penstock.operators import encoder_process  # not as __main__, which to the parent is another module
+
+    encoder_process.main()

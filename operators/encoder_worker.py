@@ -8,6 +8,7 @@ Vectors are the same for any batch size up to float rounding: within 2e-6 per co
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,26 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.operators.acceleration import accelerate
-from penstock.operators.batch_budget import BudgetCache, find_budget
+from penstock.operators.batch_budget import BudgetCache, find_budget, is_out_of_memory
 from penstock.operators.encoding import (
-    VECTOR,
     Backend,
     Effort,
     Encoded,
     Encoder,
+    Precision,
     check_same_model,
     token_batches,
     unit_length,
 )
-from penstock.operators.models import read_model_card, tokenizer_folder
+from penstock.operators.late_chunking import (
+    Windows,
+    can_pool_late,
+    passage_vectors,
+    result_rows,
+    result_zeros,
+    sum_tokens,
+)
+from penstock.operators.models import read_model_card, read_module_stack, tokenizer_folder
 from penstock.operators.tokenizing import Fault, TextTokenizer, Tokenized
 
 if TYPE_CHECKING:
@@ -37,6 +46,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 QUERY_BATCH_TOKENS = 2048  # for a few short texts at a time, where a search for the best budget would only delay them
+SMALL_BUDGET, BATCHES_TO_OVERLAP = 4096, 16
+MOST_ROWS = 32_768  # attention kernels of accelerators have a launch grid of 65,535 at most
 OUT_OF_MEMORY = "out_of_memory"
 ENCODER_ERROR = "encoder_error"
 LAYER_LISTS = ("layer", "layers", "h", "block", "blocks")
@@ -90,22 +101,27 @@ class EncoderWorker:
         if threads:
             torch.set_num_threads(threads)
         self.encoder = encoder
-        self._model = _load(encoder, folder, device)
+        self._model = _load(encoder, folder, threads, device)
         loaded = time.perf_counter()
         self._device = torch.device(self._model.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # events and copies are of the current device
         self._prompt_length, self._takes = _inspect(self._model, encoder)
         self._tokenizer = TextTokenizer(
             tokenizer_folder(folder), encoder.prompt, encoder.max_tokens, encoder.special_tokens
         )
         self.takes_token_ids = self._takes is not None and self._same_token_ids()
+        stack = read_module_stack(folder)
+        self._token_dimension = stack.token_dimension if can_pool_late(stack) and self.takes_token_ids else None
         self.fast_kernels = False
         if fast_kernels and self._device.type == "cpu" and encoder.backend is Backend.TORCH:
-            found = accelerate(self._model, self._probe, lambda: _load(encoder, folder, device))
+            found = accelerate(self._model, self._probe, lambda: _load(encoder, folder, threads, device))
             self._model, self.fast_kernels = found
         self._flops_per_token, self._attention_flops = _flops(self._model)
         self._budgets = BudgetCache(cache, self._budget_key())
         self.batch_tokens = encoder.batch_tokens or self._budgets.load() or self._find_budget()
         self._peak_flops = _matrix_peak(self._device, self._model.dtype)
+        self._ready_at_s = time.time()
         self._load_s, self._prepare_s = loaded - started, time.perf_counter() - loaded
 
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
@@ -128,26 +144,33 @@ class EncoderWorker:
         """Encode texts whose token ids are made; `texts` themselves serve models with preprocessing of their own.
 
         `on_start` is told the rows of each batch before it, `on_done` the rows and their vectors after it. With `rows`,
-        only those are encoded.
+        only those are encoded. Of `Windows` the result is the sums over their pieces instead of vectors.
 
         Raises:
-            EncoderFails: each text of a fragment made the model raise.
+            EncoderFails: each text of a fragment made the model raise, or the model has no windows.
             DeviceLost: the device must be given up, and the process with it.
         """
         started = time.perf_counter()
         window = self.encoder.max_tokens or int(tokenized.lengths.max(initial=1))
         lengths = np.minimum(tokenized.lengths, window).astype(np.int32)
         faults = dict(tokenized.faults)
-        chosen = np.arange(len(texts)) if rows is None else rows
+        chosen = np.arange(len(tokenized)) if rows is None else rows
         chosen = np.array([row for row in chosen.tolist() if row not in faults], np.int64)
-        vectors = np.zeros((len(texts), self.encoder.dimension), np.float32)
+        windows = tokenized if isinstance(tokenized, Windows) else None
+        if windows is not None and self._token_dimension is None:
+            raise EncoderFails(
+                f"encoder ({self.encoder.model}): late chunking needs a transformer with mean pooling that takes token "
+                "ids, this model is another; choose passages.type tokens"
+            )
+        name, result = result_zeros(tokenized, self.encoder.dimension, self._token_dimension)
         effort = Effort()
-        inputs = _Inputs(tokenized.ids, texts, lengths)
+        inputs = _Inputs(tokenized.ids, texts, lengths, windows)
 
         def take(done: np.ndarray, found: np.ndarray) -> None:
-            vectors[done] = self._finish(found)
+            found = found if windows is not None else self._finish(found)
+            result[result_rows(tokenized, done)] = found
             if on_done:
-                on_done(done, vectors[done])
+                on_done(done, found)
 
         self._encode_rows(inputs, chosen, 1 if one_by_one else None, on_start, take, faults, effort)
         failed = [row for row in faults if faults[row].reason == ENCODER_ERROR]
@@ -157,11 +180,27 @@ class EncoderWorker:
                 f"{faults[failed[-1]].detail}; check the model with sentence-transformers alone"
             )
         effort.wall_s = time.perf_counter() - started
-        return Encoded({VECTOR: vectors}, lengths, np.maximum(tokenized.lengths - window, 0), faults, effort)
+        return Encoded({name: result}, lengths, np.maximum(tokenized.lengths - window, 0), faults, effort)
+
+    def encode_spans(self, windows: Windows) -> Encoded:
+        """Encode passages within their documents."""
+        sums = self.encode_tokens(windows, ())
+        return passage_vectors(windows, sums, self.encoder.dimension, self.project)
+
+    def project(self, means: np.ndarray) -> np.ndarray:
+        """Vectors of means of token vectors, (N, token_dimension): what the model does after pooling."""
+        import torch
+
+        with torch.inference_mode():
+            vectors = torch.from_numpy(means).to(self._device)
+            for module in list(self._model)[2:]:
+                vectors = module({"sentence_embedding": vectors})["sentence_embedding"]
+            return self._finish(vectors.float().cpu().numpy())
 
     def figures(self) -> dict[str, Any]:
         """What this worker found about itself: device, budget, kernels, who tokenises, the device's measured matrix
-        peak in operations per second (accelerators), seconds to import and load and to prepare."""
+        peak in operations per second (accelerators), seconds to import and load and to prepare, and when it was ready
+        (seconds since the epoch)."""
         return {
             "device": _device_name(self._device),
             "batch_tokens": self.batch_tokens,
@@ -172,6 +211,7 @@ class EncoderWorker:
             "attention_flops": self._attention_flops,
             "load_s": round(self._load_s, 3),
             "prepare_s": round(self._prepare_s, 3),
+            "ready_at_s": round(self._ready_at_s, 3),
         }
 
     # ---- batches
@@ -189,14 +229,15 @@ class EncoderWorker:
         """Run all batches, two in flight on an accelerator; what raises is halved down to the culprit."""
         waiting: deque[np.ndarray] = deque(self._batches(inputs.lengths, rows, most_rows))
         in_flight: deque[_InFlight] = deque()
-        depth = 1 if self._device.type == "cpu" else 2
+        # One text at a time is a search for the culprit: nothing else may be in flight then.
+        depth = 1 if self._device.type == "cpu" or most_rows == 1 else 2
         while waiting or in_flight:
             batch: np.ndarray | None = None
             try:
                 if waiting and len(in_flight) < depth:
                     batch = waiting.popleft()
                     if on_start:
-                        on_start(batch)
+                        on_start(np.concatenate([*(one.rows for one in in_flight), batch]))
                     in_flight.append(self._launch(inputs, batch))
                     if waiting and len(in_flight) < depth:
                         continue
@@ -209,7 +250,10 @@ class EncoderWorker:
                 self._blame(error, batch, inputs.lengths, waiting, faults, effort)
 
     def _batches(self, lengths: np.ndarray, rows: np.ndarray, most_rows: int | None) -> Iterator[np.ndarray]:
-        for batch in token_batches(lengths[rows], self.batch_tokens, most_rows):
+        budget = self.batch_tokens
+        if self._device.type != "cpu":  # enough batches that copying one and computing another overlap
+            budget = min(budget, max(SMALL_BUDGET, int(lengths[rows].sum()) // BATCHES_TO_OVERLAP))
+        for batch in token_batches(lengths[rows], budget, most_rows or MOST_ROWS):
             yield rows[batch]
 
     def _blame(
@@ -223,6 +267,7 @@ class EncoderWorker:
     ) -> None:
         """After an error: smaller batches where memory ran out, else halves; a single row is a fault."""
         if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold the activations
             self._empty_device_cache()
             if len(batch) == 1:
                 detail = f"{lengths[batch[0]]} tokens alone are too much: {error}"
@@ -249,17 +294,19 @@ class EncoderWorker:
 
         with torch.inference_mode():
             features = self._features(inputs, rows)
+            bags = self._bags(inputs, rows)
             if self._device.type != "cuda":
                 started = time.perf_counter()
-                vectors = self._forward(features)
+                vectors = self._forward(features, *bags)
                 return _InFlight(rows, vectors, time.perf_counter() - started)
             features = {
                 name: value.pin_memory().to(self._device, non_blocking=True) if hasattr(value, "pin_memory") else value
                 for name, value in features.items()
             }
+            bags = [bag.pin_memory().to(self._device, non_blocking=True) for bag in bags]
             begin, end = _cuda_event(), _cuda_event()
             begin.record()
-            found = self._forward(features)
+            found = self._forward(features, *bags)
             end.record()
             host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
             host.copy_(found, non_blocking=True)
@@ -284,12 +331,13 @@ class EncoderWorker:
         values, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
         starts, ends = offsets[rows], offsets[rows + 1]
         longest = int((ends - starts).max(initial=1))
+        counts = (ends - starts).astype(np.int64)
+        places = np.arange(longest)
+        inside = places >= longest - counts[:, None] if self._takes.pads_left else places < counts[:, None]
+        first = np.cumsum(counts) - counts
         matrix = np.full((len(rows), longest), self._takes.pad_id, np.int64)
-        mask = np.zeros((len(rows), longest), np.int64)
-        for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            place = slice(longest - (end - start), longest) if self._takes.pads_left else slice(0, end - start)
-            matrix[row, place] = values[start:end]
-            mask[row, place] = 1
+        matrix[inside] = values[np.repeat(starts - first, counts) + np.arange(counts.sum())]
+        mask = inside.astype(np.int64)
         features: dict[str, Any] = {
             "input_ids": torch.from_numpy(matrix),
             "attention_mask": torch.from_numpy(mask),
@@ -301,8 +349,22 @@ class EncoderWorker:
             features["prompt_length"] = self._prompt_length
         return features
 
-    def _forward(self, features: dict[str, Any]) -> torch.Tensor:
-        vectors: torch.Tensor = self._model(features, task=self.encoder.task)["sentence_embedding"]
+    def _bags(self, inputs: _Inputs, rows: np.ndarray) -> list[torch.Tensor]:
+        """The tokens of each piece of a batch of windows; nothing for other rows."""
+        import torch
+
+        if inputs.windows is None:
+            return []
+        assert self._takes is not None
+        longest = int(inputs.lengths[rows].max(initial=1))
+        return [torch.from_numpy(bag) for bag in inputs.windows.bags(rows, longest, self._takes.pads_left)]
+
+    def _forward(self, features: dict[str, Any], *bags: torch.Tensor) -> torch.Tensor:
+        """Vectors of the rows or, with `bags`, sums of the token vectors of their pieces."""
+        found = self._model(features, task=self.encoder.task)
+        if bags:
+            return sum_tokens(found["token_embeddings"], *bags)
+        vectors: torch.Tensor = found["sentence_embedding"]
         return vectors.float()
 
     def _finish(self, vectors: np.ndarray) -> np.ndarray:
@@ -392,6 +454,7 @@ class _Inputs:
     ids: pa.ListArray
     texts: Sequence[str]
     lengths: np.ndarray
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True)
@@ -426,16 +489,7 @@ class _InFlight:
 def _cuda_event() -> Any:  # noqa: ANN401
     import torch
 
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory, of a device or of the host."""
-    import torch
-
-    words = str(error).lower()
-    host = "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and host)
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
 
 
 def _is_device_error(error: Exception) -> bool:
@@ -476,7 +530,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _load(encoder: Encoder, folder: Path, device: str | None) -> SentenceTransformer:
+def _load(encoder: Encoder, folder: Path, threads: int | None, device: str | None) -> SentenceTransformer:
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
@@ -485,13 +539,33 @@ def _load(encoder: Encoder, folder: Path, device: str | None) -> SentenceTransfo
     options: dict[str, Any] = {"trust_remote_code": encoder.trust_remote_code, "local_files_only": True}
     if encoder.backend is Backend.OPENVINO:
         hint = {"bfloat16": "bf16", "float16": "f16"}.get(encoder.precision.value, "f32")
-        settings = {"ov_config": {"INFERENCE_PRECISION_HINT": hint}, "export": True}
+        hints = {"INFERENCE_PRECISION_HINT": hint} | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
+        settings = {"ov_config": hints, "export": True}
         model = SentenceTransformer(str(folder), backend="openvino", device="cpu", model_kwargs=settings, **options)
         return model.eval()
-    model = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True}, **options)
+    settings = {"use_safetensors": True, "dtype": getattr(torch, encoder.precision.value)}
+    model = SentenceTransformer(str(folder), device=device, model_kwargs=settings, **options)
     if encoder.layers is not None:
         keep_first_layers(model, encoder.layers)
-    return model.to(getattr(torch, encoder.precision.value)).eval()
+    for module in list(model)[1:]:
+        module.float()
+    if encoder.precision is not Precision.FLOAT32:
+        _widen_outputs(model)
+    return model.eval()
+
+
+def _widen_outputs(model: SentenceTransformer) -> None:
+    """Run the first module, the transformer, in a narrower format, and what follows it (pooling, Dense, Normalize) in
+    float32: a mean over tokens and a norm lose most by rounding, and cost nearly nothing."""
+    import torch
+
+    def widen(_module: torch.nn.Module, _inputs: object, features: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in features.items()
+        }
+
+    model[0].register_forward_hook(widen)
 
 
 def keep_first_layers(model: SentenceTransformer, layers: int) -> None:
@@ -536,7 +610,9 @@ def _flops(model: SentenceTransformer) -> tuple[float, float]:
     if transformer is None or config is None or not hasattr(transformer, "modules"):
         return 0.0, 0.0
     linear = 0
-    for module in transformer.modules():
+    for name, module in transformer.named_modules():
+        if name.startswith("pooler"):  # of one vector per text, which nobody asks for
+            continue
         width_in, width_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if isinstance(width_in, int) and isinstance(width_out, int):
             linear += width_in * width_out

@@ -14,6 +14,8 @@ from penstock.operators.tokenizing import Fault
 
 OPERATOR_VERSION = 2
 VECTOR = "vector"
+MAY_BE_FILLED = 4
+MOST_PADDING = 1 / 8
 NON_FINITE = "non_finite_vector"
 ZERO = "zero_vector"
 OVERFLOW = "float16_overflow"
@@ -157,15 +159,20 @@ def check_same_model(encoder: Encoder, card: ModelCard) -> None:
 def token_batches(lengths: np.ndarray, batch_tokens: int, most_rows: int | None = None) -> Iterator[np.ndarray]:
     """Row numbers grouped into batches of padded size (rows * longest) within `batch_tokens`, longest rows first.
 
-    A row longer than the budget is a batch of its own; no batch has more than `most_rows` rows.
+    A batch that is a quarter full takes no row that would be padded by more than an eighth. A row longer than the
+    budget is a batch of its own; no batch has more than `most_rows` rows.
     """
     order = np.argsort(-lengths, kind="stable")
+    sorted_lengths = np.maximum(lengths[order], 1)
     start = 0
     while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        rows = min(max(batch_tokens // longest, 1), most_rows or len(order))
-        yield order[start : start + rows]
-        start += rows
+        longest = int(sorted_lengths[start])
+        rows = min(max(batch_tokens // longest, 1), most_rows or len(order), len(order) - start)
+        least_rows = max(1, rows // MAY_BE_FILLED)
+        alike = int(np.searchsorted(-sorted_lengths[start : start + rows], -longest * (1 - MOST_PADDING), side="right"))
+        taken = min(rows, max(alike, least_rows))
+        yield order[start : start + taken]
+        start += taken
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:

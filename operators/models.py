@@ -67,6 +67,15 @@ class ModelCard:
     layers: int | None = None
 
 
+@dataclass(frozen=True)
+class ModuleStack:
+    """The modules of a model in order, pooling with its modes ("Pooling(mean)"), and the width of the token vectors
+    that are pooled, None where no configuration says."""
+
+    kinds: tuple[str, ...]
+    token_dimension: int | None
+
+
 def resolve_model(reference: str) -> Path:
     """The local folder of a model reference; a Hub id is downloaded once into the Hub's own cache.
 
@@ -115,6 +124,12 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
         similarity=stated.get("similarity_fn_name"),
         layers=_layers(base),
     )
+
+
+def read_module_stack(folder: Path) -> ModuleStack:
+    """What the files of the model in `folder` say of its modules."""
+    modules = _modules(folder)
+    return ModuleStack(_module_kinds(folder, modules), _token_dimension(folder, folder / modules[0]["path"], modules))
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -234,19 +249,52 @@ def _dimension(folder: Path, base: Path, modules: list[dict[str, str]], referenc
                 return int(config[key]) * _pooling_modes(config)
     if _is_static(modules):
         return _static_dimension(base)
+    hidden_size = _hidden_size(base)
+    if hidden_size is None:
+        raise ModelUnavailable(
+            f"embedding.model ({reference}): its configuration states no embedding dimension. {_WAYS}"
+        )
+    return hidden_size
+
+
+def _hidden_size(base: Path) -> int | None:
     config = _read_json(base / "config.json", {})
-    for key in ("hidden_size", "dim", "d_model", "n_embd"):
-        if key in config:
-            return int(config[key])
-    raise ModelUnavailable(f"embedding.model ({reference}): its configuration states no embedding dimension. {_WAYS}")
+    return next((int(config[key]) for key in ("hidden_size", "dim", "d_model", "n_embd") if key in config), None)
 
 
 def _pooling_modes(config: dict[str, Any]) -> int:
-    """How many pooled vectors are concatenated: `pooling_mode` names them, older configurations flag each."""
+    """How many pooled vectors are concatenated."""
+    return max(1, len(_pooling_names(config)))
+
+
+def _pooling_names(config: dict[str, Any]) -> list[str]:
+    """The pooled vectors that are concatenated: `pooling_mode` names them, older configurations flag each."""
     stated = config.get("pooling_mode")
     if stated is not None:
-        return 1 if isinstance(stated, str) else len(stated)
-    return max(1, sum(value is True for name, value in config.items() if name.startswith("pooling_mode_")))
+        return [stated] if isinstance(stated, str) else list(stated)
+    flags = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    return [flag.removeprefix("pooling_mode_").removesuffix("_tokens") for flag in flags]
+
+
+def _module_kinds(folder: Path, modules: list[dict[str, str]]) -> tuple[str, ...]:
+    if not (folder / "modules.json").exists():  # sentence-transformers adds mean pooling to a bare transformer
+        return "Transformer", "Pooling(mean)"
+    kinds = []
+    for module in modules:
+        kind = module["type"].rpartition(".")[2]
+        modes = _pooling_names(_read_json(folder / module["path"] / "config.json", {})) if kind == "Pooling" else []
+        kinds.append(f"{kind}({', '.join(modes) or 'mean'})" if kind == "Pooling" else kind)
+    return tuple(kinds)
+
+
+def _token_dimension(folder: Path, base: Path, modules: list[dict[str, str]]) -> int | None:
+    """The width that a pooling module states, else the transformer's hidden size, where the configuration says."""
+    for module in modules[1:]:
+        config = _read_json(folder / module["path"] / "config.json", {})
+        for key in ("word_embedding_dimension", "embedding_dimension"):
+            if key in config:
+                return int(config[key])
+    return _hidden_size(base)
 
 
 def _static_dimension(base: Path) -> int:

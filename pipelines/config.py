@@ -78,7 +78,7 @@ Documents = Annotated[TabularDocuments | TextDocuments | DocstringDocuments, Fie
 class Passages(Section):
     """How documents are cut."""
 
-    type: Literal["tokens", "whole"] = "tokens"
+    type: Literal["tokens", "whole", "late"] = "tokens"
     tokens: Annotated[int, Field(strict=True, ge=8)] | None = Field(
         None, description="Window in the model's tokens; without it, all that the model takes."
     )

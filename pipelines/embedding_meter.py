@@ -24,8 +24,8 @@ class EmbeddingMeter:
         self._lock = threading.Lock()
         self._finished: dict[str, int] = {}
         self._shown = 0
+        self._started_at_s = self._finished_at_s = time.time()
         self._ready_at: float | None = None
-        self._ready_tokens = 0
         self._live = Live()
 
     def starting(self) -> None:
@@ -45,6 +45,7 @@ class EmbeddingMeter:
         """A fragment is written."""
         with self._lock:
             self._finished[work.receipt.fragment] = work.receipt.rows_in
+            self._finished_at_s = time.time()
             self._show()
 
     def _show(self) -> None:
@@ -77,7 +78,8 @@ class EmbeddingMeter:
         return figures
 
     def summary(self, works: Sequence[Work]) -> dict[str, Any]:
-        """What the run's report says of the encoders."""
+        """What the run's report says of the encoders: `start_s` is the time until the first was ready, `rates` are
+        over the time from then until the last fragment was written."""
         tokens = sum(work.encoded_tokens for work in works)
         padded = sum(work.padded_tokens for work in works)
         worker: dict[str, Any] = next((json.loads(work.worker) for work in works if work.worker), {})
@@ -88,8 +90,25 @@ class EmbeddingMeter:
             "restarts": sum(work.restarts for work in works),
             "budget_halvings": sum(work.budget_halvings for work in works),
             "worker": worker,
-            "rates": self.figures(),
+            "start_s": round(self._first_ready_s(works) - self._started_at_s, 2),
+            "rates": self._final_rates(works),
         }
+
+    def _final_rates(self, works: Sequence[Work]) -> dict[str, float]:
+        seconds = max(self._finished_at_s - self._first_ready_s(works), 1e-3)
+        busy_s, flops = sum(work.busy_s for work in works), sum(work.flops for work in works)
+        rates = {
+            "seconds": round(seconds, 2),
+            "passages_per_s": round(sum(work.encoded for work in works) / seconds, 1),
+            "tokens_per_s": round(sum(work.encoded_tokens for work in works) / seconds, 1),
+            "idle_share": round(max(0.0, 1 - busy_s / (seconds * self._workers)), 4),
+        }
+        return rates | ({"tflops": round(flops / seconds / 1e12, 2)} if self._live.peak_flops else {})
+
+    def _first_ready_s(self, works: Sequence[Work]) -> float:
+        """When the first encoder was ready, by its own clock; within the stage, whatever that clock says."""
+        told = [json.loads(work.worker)["ready_at_s"] for work in works if work.worker]
+        return min(max(min(told, default=self._started_at_s), self._started_at_s), self._finished_at_s)
 
     @staticmethod
     def warnings(works: Sequence[Work]) -> list[str]:
@@ -102,9 +121,7 @@ class EmbeddingMeter:
         if halvings:
             found.append(f"memory ran out {halvings} times; batches were halved, and the smaller size is remembered")
         if any(work.worker and not json.loads(work.worker)["takes_token_ids"] for work in works):
-            found.append(
-                "this model prepares its texts in a way of its own: encoders tokenise, not tasks ahead"
-            )
+            found.append("this model prepares its texts in a way of its own: encoders tokenise, not tasks ahead")
         return found
 
 

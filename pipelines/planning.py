@@ -2,6 +2,7 @@
 only."""
 
 import hashlib
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,11 @@ from penstock.cluster.node import connect, model_folder
 from penstock.cluster.storage import Store
 from penstock.operators.chunking import Chunker, PassageType
 from penstock.operators.documents import DocumentReader, SourceType
-from penstock.operators.encoding import Encoder, Precision, encoder_for
+from penstock.operators.encoding import Backend, Encoder, Precision, encoder_for
 from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import Codec, Family, IndexSpec, Metric, factory_string, fewest_training_rows
-from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card
+from penstock.operators.late_chunking import can_pool_late
+from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -101,7 +103,9 @@ class Resolved:
                 "deduplicate.type": pipeline.deduplicate.type,
                 "version": SELECTION_VERSION,
             },
-            EMBEDDINGS: self.encoder.parameters() | {"embedding.store": pipeline.embedding.store},
+            EMBEDDINGS: self.encoder.parameters()
+            | {"embedding.store": pipeline.embedding.store}
+            | ({"passages.type": self.chunker.kind.value} if self.chunker.kind is PassageType.LATE else {}),
             TRAINING: {f"index.{name}": value for name, value in index.items()}
             | {"index.metric": self.metric.value, "version": TRAINING_VERSION},
             SHARDS: {
@@ -472,28 +476,13 @@ def _model_card(pipeline: PipelineFile, origin: Origin) -> ModelCard:
 
 def _check_model(pipeline: PipelineFile, card: ModelCard, origin: Origin) -> list[str]:
     """Warnings of a pipeline that asks for more than the model takes; problems when it cannot be done at all."""
-    problems: list[Problem] = []
-    names = pipeline.embedding.prompt_names
-    for side, name in (("query", names.query), ("document", names.document)) if names else ():
-        if name is not None and name not in card.prompts:
-            rule = f"({name}) must be a prompt of the model, which has: {', '.join(sorted(card.prompts)) or 'none'}"
-            problems.append(origin.problem(f"embedding.prompt_names.{side}", rule))
-    layers = pipeline.embedding.layers
-    if layers and card.layers is not None and layers > card.layers:
-        rule = f"({layers}) must be at most the model's {card.layers}; lower it or leave it out"
-        problems.append(origin.problem("embedding.layers", rule))
-    dimension = pipeline.embedding.dimension
-    if dimension and dimension > card.dimension:
-        rule = f"({dimension}) must be at most the model's {card.dimension}; lower it or leave it out"
-        problems.append(origin.problem("embedding.dimension", rule))
     room = _room(pipeline, card)
-    if room is not None and room < 8:
-        rule = f"the document prompt leaves {room} of the model's {card.max_tokens} tokens for text; shorten it"
-        problems.append(origin.problem("embedding.prompts", rule))
+    problems = _model_problems(pipeline, card, room, origin)
     if problems:
         raise PipelineFileInvalid(problems)
     tokens = pipeline.passages.tokens
-    if room is not None and tokens and tokens > room:
+    late = pipeline.passages.type == "late"
+    if room is not None and tokens and tokens > room and not late:
         return [
             f"passages.tokens ({tokens}) exceeds the {room} tokens that {card.reference} takes beside its special "
             f"tokens and prompt; longer passages will be truncated, and counted: set it to {room} or less"
@@ -504,6 +493,37 @@ def _check_model(pipeline: PipelineFile, card: ModelCard, origin: Origin) -> lis
             "and counted"
         ]
     return []
+
+
+def _model_problems(pipeline: PipelineFile, card: ModelCard, room: int | None, origin: Origin) -> list[Problem]:
+    """What the file asks of the model that it cannot do."""
+    problems: list[Problem] = []
+    names = pipeline.embedding.prompt_names
+    for side, name in (("query", names.query), ("document", names.document)) if names else ():
+        if name is not None and name not in card.prompts:
+            rule = f"({name}) must be a prompt of the model, which has: {', '.join(sorted(card.prompts)) or 'none'}"
+            problems.append(origin.problem(f"embedding.prompt_names.{side}", rule))
+    if pipeline.embedding.backend is Backend.OPENVINO and importlib.util.find_spec("openvino") is None:
+        rule = "(openvino) needs the packages of the extra: pip install 'penstock[openvino]'; or use torch"
+        problems.append(origin.problem("embedding.backend", rule))
+    layers = pipeline.embedding.layers
+    if layers and card.layers is not None and layers > card.layers:
+        rule = f"({layers}) must be at most the model's {card.layers}; lower it or leave it out"
+        problems.append(origin.problem("embedding.layers", rule))
+    dimension = pipeline.embedding.dimension
+    if dimension and dimension > card.dimension:
+        rule = f"({dimension}) must be at most the model's {card.dimension}; lower it or leave it out"
+        problems.append(origin.problem("embedding.dimension", rule))
+    if room is not None and room < 8:
+        rule = f"the document prompt leaves {room} of the model's {card.max_tokens} tokens for text; shorten it"
+        problems.append(origin.problem("embedding.prompts", rule))
+    if pipeline.passages.type == "late" and not can_pool_late(stack := read_module_stack(model_folder(card.reference))):
+        rule = (
+            "(late) needs a model of Transformer, Pooling(mean) and at most Dense, Normalize after them; "
+            f"{card.reference} has {', '.join(stack.kinds)}: choose type tokens, or a model with mean pooling"
+        )
+        problems.append(origin.problem("passages.type", rule))
+    return problems
 
 
 def _room(pipeline: PipelineFile, card: ModelCard) -> int | None:

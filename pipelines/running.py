@@ -48,6 +48,7 @@ from penstock.cluster.layout import (
 from penstock.cluster.leases import Lease, acquire
 from penstock.cluster.session import Session
 from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store
+from penstock.operators.chunking import PassageType
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend
 from penstock.pipelines.config import TabularDocuments
@@ -348,13 +349,13 @@ class Run:
         (dimension, layers, backend) cost, where there is something to measure."""
         resolved = self.resolved
         embedding = resolved.pipeline.embedding
-        path = precision_path(resolved.decision_fingerprint)
-        known = read_json(self._store, path)
-        shortened = resolved.encoder.dimension < resolved.card.dimension
-        plain = resolved.decided and embedding.backend is Backend.TORCH and not shortened
         wanted = None if embedding.precision == "auto" else embedding.precision
-        if plain or (known is not None and (wanted is None or known["chosen"] == wanted.value)):
-            self._agreement = known if not plain else None
+        shortened = resolved.encoder.dimension < resolved.card.dimension
+        if wanted and embedding.backend is Backend.TORCH and not shortened:
+            return
+        path = precision_path(resolved.decision_fingerprint if wanted is None else resolved.encoder.fingerprint())
+        self._agreement = read_json(self._store, path)
+        if self._agreement is not None:
             self.resolved = decided_before(resolved, self._store)
             return
         kept = sorted(fact.passages for fact in facts if fact.kept)
@@ -366,12 +367,11 @@ class Run:
             found = self._session.run(check_agreement, task, cpus=cpus, gpus=workers.gpus)
             advance(1, f"{found.chosen.value}")
         record = found.to_json()
-        if wanted is None:
-            try:
-                record = self._store.create(path, record)
-            except AlreadyExists:  # another run of this encoder was faster: all use what it chose
-                record = read_json(self._store, path) or record
-            self.resolved = decided_before(resolved, self._store)
+        try:
+            record = self._store.create(path, record)
+        except AlreadyExists:  # another run of this encoder was faster: all use what it chose
+            record = read_json(self._store, path) or record
+        self.resolved = decided_before(resolved, self._store)
         self._agreement = record
         overlap = record["dimension_overlap_at_10"]
         if overlap is not None:
@@ -393,6 +393,7 @@ class Run:
             threads=workers.cpus,
             device="cuda" if workers.gpus else "cpu",
             timeout_s=workers.timeout_s,
+            late=resolved.chunker.kind is PassageType.LATE,
         )
 
     def _embeddings(self, chain: Chain) -> list[Receipt]:

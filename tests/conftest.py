@@ -96,6 +96,12 @@ def s3_environment(url: str) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def node_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of this session's own: batch sizes measured beside other tests must not outlive them."""
+    os.environ["PENSTOCK_CACHE"] = str(tmp_path_factory.getbasetemp() / "node-cache")
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     with running_s3_server() as server:

@@ -246,6 +246,10 @@ def test_changing_a_key_redoes_what_the_table_says(workspace: Path) -> None:
         "embedding.workers.count": ["embedding.workers.count=2"],
         "embedding.workers.cpus": ["embedding.workers.cpus=2"],
         "embedding.workers.gpus": ["embedding.workers.gpus=1"],
+        "embedding.workers.min": ["embedding.workers={min: 1, max: 2}"],
+        "embedding.workers.timeout_s": ["embedding.workers.timeout_s=5.0"],
+        "embedding.layers": ["embedding.layers=3", "embedding.layers_trained=true"],
+        "embedding.layers_trained": ["embedding.layers_trained=true"],
         "publish.alias": ["publish.alias=other"],
         "publish.keep": ["publish.keep=1"],
     }
@@ -284,10 +288,11 @@ def test_every_field_and_column_is_in_the_page_on_the_format(workspace: Path) ->
 
 def test_every_reason_of_a_dead_letter_is_in_the_page_on_the_format() -> None:
     text = (REPOSITORY / "docs/format.md").read_text()
-    from penstock.operators import chunking, encoding
+    from penstock.operators import chunking, encoder_process, encoder_worker, encoding, tokenizing
 
     reasons = {reason.value for reason in Reason}
-    reasons |= {chunking.NO_TOKENS, encoding.NON_FINITE, encoding.ZERO, encoding.OVERFLOW}
+    reasons |= {chunking.NO_TOKENS, encoding.NON_FINITE, encoding.ZERO, encoding.OVERFLOW, tokenizing.TOKENIZER_ERROR}
+    reasons |= {encoder_worker.ENCODER_ERROR, encoder_worker.OUT_OF_MEMORY, encoder_process.CRASH, encoder_process.HANG}
     assert {reason for reason in reasons if f"`{reason}`" not in text} == set()
 
 

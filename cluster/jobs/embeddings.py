@@ -1,8 +1,9 @@
 """Passages → embeddings: read and tokenise, take the vectors that are known, encode the rest on a pool, write.
 
-A vector's identity is (encoder, hash of the passage text). Whatever an earlier fragment of the same encoder holds (or
-of one that differs only in keeping more components) is taken from there by a join on that hash; only texts that nobody
-encoded before reach the model, each once per fragment.
+A vector's identity is (encoder, hash of the passage text; with late chunking, hash of that and its place in which
+document). Whatever an earlier fragment of the same encoder holds (or of one that differs only in keeping more
+components) is taken from there by a join on that hash; only texts that nobody encoded before reach the model, each once
+per fragment.
 """
 
 import contextlib
@@ -10,8 +11,8 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from penstock.cluster.fragments import (
     write_fragment,
 )
 from penstock.cluster.jobs.selection import kept_rows
-from penstock.cluster.layout import EMBEDDINGS, PASSAGES, dead_letter_path, fragment_path, run_folder
-from penstock.cluster.node import cache_folder, connect, model_folder, text_tokenizer
+from penstock.cluster.layout import EMBEDDINGS, PASSAGES, dead_letter_path, documents_path, fragment_path, run_folder
+from penstock.cluster.node import cache_folder, connect, document_tokenizer, model_folder, text_tokenizer
 from penstock.cluster.session import Session, reraise
 from penstock.cluster.storage import Store
 from penstock.operators.agreement import Agreement, compare_precisions
@@ -38,6 +39,7 @@ from penstock.operators.deduplication import bucket_of, hash_prefix
 from penstock.operators.encoder_process import IsolatedEncoder, ProcessOptions, call_in_process
 from penstock.operators.encoding import Effort, Encoded, Encoder, Precision, unit_length, vector_faults
 from penstock.operators.identity import TEXT_HASH_TYPE
+from penstock.operators.late_chunking import Windows, windows_of, windows_table
 from penstock.operators.tokenizing import TOKENIZER_ERROR, Fault, Tokenized
 
 KNOWN_SCHEMA = pa.schema(
@@ -47,6 +49,8 @@ BUDGETS = "batch-budgets"  # folder of the node's cache
 SAMPLE_TEXTS = 512
 LIVE_INTERVAL_S = 1.0
 TOKENIZER_COLUMNS = ("token_ids", "token_length", "token_fault")
+WINDOW_COLUMNS = ("windows", "pieces", "token_fault")  # instead of these, for late chunking
+CONSTANT_COLUMNS = ("output", "ids_digest", "bytes_read")
 PASSAGE_COLUMNS = ["passage_id", "row_hash", "text_hash", "text", "source", "position", "document_id"]
 # Reading and writing need little CPU, and must find a place beside encoders that fill all CPUs.
 IO_CPUS = 0.01
@@ -58,7 +62,8 @@ class RowsLost(Exception):
 
 @dataclass(frozen=True)
 class EmbeddingJob:
-    """What all fragments of the stage share. `known` are the paths of tables of known vectors (KNOWN_SCHEMA)."""
+    """What all fragments of the stage share. `known` are the paths of tables of known vectors (KNOWN_SCHEMA); `late`
+    says that passages are embedded within their documents."""
 
     root: str
     passages_fingerprint: str
@@ -70,6 +75,7 @@ class EmbeddingJob:
     device: str
     timeout_s: float = 600.0
     known: tuple[str, ...] = ()
+    late: bool = False
 
     def process_options(self) -> ProcessOptions:
         """How an encoder's process is set up on the node that asks."""
@@ -175,16 +181,17 @@ def load_passages(job: EmbeddingJob, task: EmbeddingTask) -> pa.Table:
     """The passages of a fragment that stay, with the vectors that are known; what travels to an encoder."""
     store = connect(job.root)
     path = fragment_path(PASSAGES, job.passages_fingerprint, task.passages)
-    info = store.info(path)
-    table = read_fragment(store, path, PASSAGE_COLUMNS)
+    read_paths = [path, documents_path(job.passages_fingerprint, task.passages)] if job.late else [path]
+    found = [store.info(one) for one in read_paths]
+    table = read_fragment(store, path, PASSAGE_COLUMNS + (["start", "end"] if job.late else []))
     if task.has_exclusions:
         table = kept_rows(store, table, job.selection_fingerprint, task.passages)
     table = table.combine_chunks().append_column("vector", _known_vectors(store, job, task.passages, table))
-    table = _with_token_ids(job, table)
+    table = _with_windows(job, read_fragment(store, read_paths[1]), table) if job.late else _with_token_ids(job, table)
     constants = {
         "output": pa.array([task.output] * table.num_rows),
         "ids_digest": pa.array([ids_digest(table)] * table.num_rows),
-        "bytes_read": pa.array([info.size_bytes if info else 0] * table.num_rows),
+        "bytes_read": pa.array([sum(info.size_bytes for info in found if info)] * table.num_rows),
     }
     for name, column in constants.items():
         table = table.append_column(name, column)
@@ -208,8 +215,7 @@ def encode_passages(
 ) -> pa.Table:
     """Fill in the vectors that are not known, encoding each text once; text goes, counts and faults come."""
     missing, unique_rows, back = rows_to_encode(table)
-    texts = table.column("text").take(pa.array(unique_rows)).to_pylist()
-    encoded = worker.encode_tokens(_tokenized(table, unique_rows), texts, on_rows)
+    encoded = _encode(job, worker, table, unique_rows, on_rows)
     stored = np.dtype(job.store_format)
     vectors = _filled(table, job, missing, encoded.vectors, back)
     by_row = _faults_by_row(encoded, back, stored)
@@ -224,10 +230,25 @@ def encode_passages(
         "effort": pa.array([json.dumps(asdict(encoded.effort))] * table.num_rows),
         "worker": pa.array([json.dumps(worker.figures)] * table.num_rows),
     }
-    table = table.drop_columns(["text", "vector", *TOKENIZER_COLUMNS])
+    table = table.select([*(name for name in PASSAGE_COLUMNS if name != "text"), *CONSTANT_COLUMNS])
     for name, column in additions.items():
         table = table.append_column(name, column)
     return table
+
+
+def _encode(
+    job: EmbeddingJob,
+    worker: IsolatedEncoder,
+    table: pa.Table,
+    rows: np.ndarray,
+    on_rows: Callable[[np.ndarray, float], None] | None,
+) -> Encoded:
+    """Encode the texts of some rows, alone or within their documents."""
+    if job.late:
+        encoded = worker.encode_spans(_windows(table, rows), on_rows)
+        return replace(encoded, faults=encoded.faults | _tokenizer_faults(table.column("token_fault"), rows))
+    texts = table.column("text").take(pa.array(rows)).to_pylist()
+    return worker.encode_tokens(_tokenized(table, rows), texts, on_rows)
 
 
 def store_embeddings(job: EmbeddingJob, table: pa.Table) -> Work:
@@ -298,14 +319,12 @@ class EncodeFragments:
         if self._failure is not None:
             raise self._failure
         output = table.column("output")[0].as_py()
-        _, unique_rows, _ = rows_to_encode(table)
-        lengths = table.column("token_length").to_numpy()[unique_rows]
-        limit = self._job.encoder.max_tokens or int(lengths.max(initial=1))
+        lengths, passages = _rows_at_work(self._job, table)
 
         def tell(rows: np.ndarray, seconds: float) -> None:
-            tokens = np.minimum(lengths[rows], limit)
+            tokens = lengths[rows]
             told = self._untold
-            told.rows[output] = told.rows.get(output, 0) + len(rows)
+            told.rows[output] = told.rows.get(output, 0) + int(passages[rows].sum())
             told.tokens += int(tokens.sum())
             told.padded_tokens += int(tokens.max(initial=0)) * len(rows)
             told.busy_s += seconds
@@ -507,24 +526,78 @@ def _with_token_ids(job: EmbeddingJob, table: pa.Table) -> pa.Table:
         encoder.model, encoder.tokenizer_hash, encoder.prompt, encoder.max_tokens, encoder.special_tokens
     )
     tokenized = tokenizer.tokenize(table.column("text").take(pa.array(rows)).to_pylist())
-    place = np.full(table.num_rows, -1, np.int64)
-    place[rows] = np.arange(len(rows))
-    indices = pa.array(place, mask=place < 0)
     details = [tokenized.faults[row].detail if row in tokenized.faults else None for row in range(len(rows))]
     columns = (tokenized.ids, pa.array(tokenized.lengths), pa.array(details, pa.string()))
     for name, column in zip(TOKENIZER_COLUMNS, columns, strict=True):
-        table = table.append_column(name, column.take(indices))
+        table = table.append_column(name, _placed(column, rows.tolist(), table.num_rows))
     return table.set_column(
         table.column_names.index("token_length"), "token_length", pc.fill_null(table.column("token_length"), 0)
     )
 
 
 def _tokenized(table: pa.Table, rows: np.ndarray) -> Tokenized:
-    taken = table.select(TOKENIZER_COLUMNS).take(pa.array(rows)).combine_chunks()
-    ids, lengths, details = (taken.column(name) for name in TOKENIZER_COLUMNS)
-    whole = ids.chunk(0) if ids.num_chunks else pa.array([], ids.type)
-    faults = {row: Fault(TOKENIZER_ERROR, detail) for row, detail in enumerate(details.to_pylist()) if detail}
-    return Tokenized(whole, lengths.to_numpy(), faults)
+    taken = table.select(TOKENIZER_COLUMNS).take(pa.array(rows))
+    faults = _tokenizer_faults(table.column("token_fault"), rows)
+    return Tokenized(_one_array(taken.column("token_ids")), taken.column("token_length").to_numpy(), faults)
+
+
+def _tokenizer_faults(details: pa.ChunkedArray, rows: np.ndarray) -> dict[int, Fault]:
+    told = enumerate(details.take(pa.array(rows)).to_pylist())
+    return {row: Fault(TOKENIZER_ERROR, detail) for row, detail in told if detail}
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def _with_windows(job: EmbeddingJob, documents: pa.Table, table: pa.Table) -> pa.Table:
+    """Add the macro windows of the documents to encode, each in the row of its first passage, and the pieces in them of
+    each passage to encode."""
+    rows_of: dict[tuple[str, int], list[int]] = {}
+    rows = np.sort(rows_to_encode(table)[1])
+    for row, place in zip(rows.tolist(), _places(table.take(pa.array(rows))), strict=True):
+        rows_of.setdefault(place, []).append(row)
+    texts = dict(zip(_places(documents), documents.column("text").to_pylist(), strict=True))
+    spans = list(zip(table.column("start").to_pylist(), table.column("end").to_pylist(), strict=True))
+    encoder, owned, faults = job.encoder, list(rows_of.values()), dict[int, Fault]()
+    tokenizer = document_tokenizer(encoder.model, encoder.tokenizer_hash, encoder.prompt, encoder.max_tokens)
+    cut = tokenizer.cut([texts[place] for place in rows_of], [[spans[row] for row in some] for some in owned], faults)
+    done = sorted(cut)
+    windows, pieces = windows_table([cut[number] for number in done])
+    details = pa.array([faults[number].detail for number in faults for _ in owned[number]], pa.string())
+    columns = (
+        (windows, [owned[number][0] for number in done]),
+        (pieces, [row for number in done for row in owned[number]]),
+        (details, [row for number in faults for row in owned[number]]),
+    )
+    for name, (values, places) in zip(WINDOW_COLUMNS, columns, strict=True):
+        table = table.append_column(name, _placed(values, places, table.num_rows))
+    return table
+
+
+def _places(table: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(table.column("source").to_pylist(), table.column("position").to_pylist(), strict=True))
+
+
+def _placed(values: pa.Array, rows: Sequence[int], count: int) -> pa.Array:
+    """An array of `count` with these values in these rows, null elsewhere."""
+    place = np.full(count, -1, np.int64)
+    place[rows] = np.arange(len(rows))
+    return values.take(pa.array(place, mask=place < 0))
+
+
+def _windows(table: pa.Table, rows: np.ndarray) -> Windows:
+    return windows_of(_one_array(table.column("windows")), _one_array(table.column("pieces").take(pa.array(rows))))
+
+
+def _rows_at_work(job: EmbeddingJob, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row that an encoder is given for a fragment: its tokens, and the passages that are done with it."""
+    _, rows, _ = rows_to_encode(table)
+    if job.late:
+        windows = _windows(table, rows)
+        return windows.lengths, windows.completed_by()
+    lengths = table.column("token_length").to_numpy()[rows]
+    return np.minimum(lengths, job.encoder.max_tokens or int(lengths.max(initial=1))), np.ones(len(rows), np.int64)
 
 
 def _filled(table: pa.Table, job: EmbeddingJob, missing: np.ndarray, fresh: np.ndarray, back: np.ndarray) -> np.ndarray:

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from penstock.cluster.fragments import Receipt, Work, write_fragment
-from penstock.cluster.layout import PASSAGES, dead_letter_path, fragment_path
+from penstock.cluster.layout import PASSAGES, dead_letter_path, documents_path, fragment_path
 from penstock.cluster.node import connect, connect_corpus, tokenizer
 from penstock.cluster.storage import Store
-from penstock.operators.chunking import Chunker, chunk_documents
+from penstock.operators.chunking import Chunker, PassageType, chunk_documents
 from penstock.operators.deadletters import DeadLetter, dead_letter_table, reasons
 from penstock.operators.documents import DocumentReader, Documents, SourcePart, documents_schema
 from penstock.operators.identity import row_hashes
 from penstock.operators.reading import read_documents
+
+# A row's place in its file tells documents apart even where two have the same id.
+DOCUMENT_COLUMNS = ["source", "position", "document_id", "text"]
 
 
 class SourceChanged(Exception):
@@ -75,6 +78,9 @@ def make_passages(task: PassageTask) -> Work:
     written = 0
     if dropped.num_rows:
         written += write_fragment(store, dead_letter_path(PASSAGES, job.stage_fingerprint, task.fragment), dropped)
+    if job.chunker.kind is PassageType.LATE:
+        path = documents_path(job.stage_fingerprint, task.fragment)
+        written += write_fragment(store, path, documents.select(DOCUMENT_COLUMNS))
     written += write_fragment(store, fragment_path(PASSAGES, job.stage_fingerprint, task.fragment), passages, receipt)
     read = sum(part.bytes_to_read for part in task.parts)
     return Work(receipt, busy_s=time.perf_counter() - started, bytes_read=read, bytes_written=written)

