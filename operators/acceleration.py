@@ -66,10 +66,11 @@ def accelerate(model: SentenceTransformer, probe: Probe, reload: Callable[[], Se
     with torch.inference_mode():
         expected = probe()
         try:
-            _use_blocked_attention(model)
-            _pack_linear_layers(model)
+            changed = [_use_blocked_attention(model), _pack_linear_layers(model)]
+            if not any(changed):
+                return model, False
             found = probe()
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except Exception as error:  # whatever a model makes of kernels that it does not expect
             logger.info("plain kernels: %s", error)
             return reload(), False
     if _least_cosine(expected, found) < LEAST_AGREEMENT:
@@ -87,16 +88,17 @@ def _least_cosine(a: np.ndarray, b: np.ndarray) -> float:
 # ---- attention
 
 
-def _use_blocked_attention(model: SentenceTransformer) -> None:
+def _use_blocked_attention(model: SentenceTransformer) -> bool:
     transformer = model.transformers_model
     if transformer is None or getattr(transformer.config, "_attn_implementation", None) != "sdpa":
-        return
+        return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, blocked_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     transformer.set_attn_implementation(ATTENTION)
+    return True
 
 
 def blocked_attention(
@@ -157,7 +159,7 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor, batch: int, heads:
 # ---- linear layers
 
 
-def _pack_linear_layers(model: SentenceTransformer) -> None:
+def _pack_linear_layers(model: SentenceTransformer) -> bool:
     import torch
 
     class PackedLinear(torch.nn.Module):
@@ -177,12 +179,15 @@ def _pack_linear_layers(model: SentenceTransformer) -> None:
 
     transformer = model.transformers_model
     if transformer is None or not computes_fast(_dtype_name(transformer)):
-        return
+        return False
+    packed = False
     for parent in list(transformer.modules()):
         fused = _fuse_gelu(parent)
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
                 setattr(parent, name, PackedLinear(child, gelu=name == fused))
+                packed = True
+    return packed
 
 
 def computes_fast(dtype: str) -> bool:
@@ -213,7 +218,8 @@ def _fuse_gelu(parent: torch.nn.Module) -> str | None:
 
     activation = getattr(parent, "intermediate_act_fn", None)
     layers = [name for name, _ in parent.named_children() if name != "intermediate_act_fn"]
-    if not type(parent).__name__.endswith("Intermediate") or layers != ["dense"]:
+    packed = type(getattr(parent, "dense", None)) is torch.nn.Linear
+    if not type(parent).__name__.endswith("Intermediate") or layers != ["dense"] or not packed:
         return None
     exact = isinstance(activation, GELUActivation) and activation.act is torch.nn.functional.gelu
     if not exact and not (isinstance(activation, torch.nn.GELU) and activation.approximate == "none"):

@@ -52,31 +52,39 @@ def find_budget(seconds_per_token: Callable[[int], float], accelerator: bool) ->
     does; in the others all budgets take turns, so that what else the machine does strikes all alike, and the least time
     of each counts.
     """
-    candidates = ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS
-    seconds_per_token(candidates[0])  # the first batch of all also loads kernels
-    started = time.monotonic()
+    started = 0.0
     budgets: list[int] = []
-    for budget in candidates:
-        try:
-            seconds_per_token(budget)
-        except (RuntimeError, MemoryError) as error:
-            if not budgets or not is_out_of_memory(error):
-                raise
+    for budget in ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS:
+        if not _fits(seconds_per_token, budget, required=not budgets):
             break
         budgets.append(budget)
+        started = started or time.monotonic()  # the very first batch also loads kernels
         if time.monotonic() - started > TIME_LIMIT_S:
             break
-    least: dict[int, float] = {}
+    least = dict.fromkeys(budgets, float("inf"))
     for _ in range(ROUNDS):
-        for budget in budgets:
-            least[budget] = min(least.get(budget, float("inf")), seconds_per_token(budget))
+        for budget in list(least):
+            try:
+                least[budget] = min(least[budget], seconds_per_token(budget))
+            except (RuntimeError, MemoryError) as error:  # others on the device may take memory meanwhile
+                if budget == budgets[0] or not is_out_of_memory(error):
+                    raise
+                least = {one: seconds for one, seconds in least.items() if one < budget}
+                break
         if time.monotonic() - started > TIME_LIMIT_S:
             break
-    best = budgets[0]
-    for budget in budgets[1:]:
-        if least[budget] < least[best] * WORTHWHILE:
-            best = budget
-    return best
+    enough = min(least.values()) / WORTHWHILE
+    return next(budget for budget, seconds in least.items() if seconds <= enough)
+
+
+def _fits(seconds_per_token: Callable[[int], float], budget: int, required: bool) -> bool:
+    try:
+        seconds_per_token(budget)
+    except (RuntimeError, MemoryError) as error:
+        if required or not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -232,22 +232,23 @@ class EncoderWorker:
         # One text at a time is a search for the culprit: nothing else may be in flight then.
         depth = 1 if self._device.type == "cpu" or most_rows == 1 else 2
         while waiting or in_flight:
-            batch: np.ndarray | None = None
-            try:
-                if waiting and len(in_flight) < depth:
-                    batch = waiting.popleft()
-                    if on_start:
-                        on_start(np.concatenate([*(one.rows for one in in_flight), batch]))
+            if waiting and len(in_flight) < depth:
+                batch = waiting.popleft()
+                if on_start:
+                    on_start(np.concatenate([*(one.rows for one in in_flight), batch]))
+                try:
                     in_flight.append(self._launch(inputs, batch))
-                    if waiting and len(in_flight) < depth:
-                        continue
-                done = in_flight.popleft()
-                batch = done.rows
-                take(done.rows, done.wait(effort))
-                self._count(done, inputs.lengths, effort)
+                except Exception as error:
+                    self._blame(error, batch, inputs.lengths, waiting, faults, effort)
+                continue
+            done = in_flight.popleft()
+            try:
+                found = done.wait(effort)
             except Exception as error:
-                assert batch is not None
-                self._blame(error, batch, inputs.lengths, waiting, faults, effort)
+                self._blame(error, done.rows, inputs.lengths, waiting, faults, effort)
+                continue
+            take(done.rows, found)
+            self._count(done, inputs.lengths, effort)
 
     def _batches(self, lengths: np.ndarray, rows: np.ndarray, most_rows: int | None) -> Iterator[np.ndarray]:
         budget = self.batch_tokens
@@ -412,9 +413,9 @@ class EncoderWorker:
             """Seconds per token of one batch at this budget, of texts of about half the window."""
             tokens = max(8, window // 2)
             rows = max(1, budget // tokens)
-            ids = pa.array([[1000 + i % 97 for i in range(tokens)]] * rows, pa.list_(pa.int32()))
-            texts = ["word " * (tokens - self.encoder.special_tokens)] * rows
-            inputs = _Inputs(ids, texts, np.full(rows, tokens, np.int32))
+            text = "word " * (tokens - self.encoder.special_tokens)
+            ids = self._tokenizer.tokenize([text]).ids[0].as_py()[:tokens]
+            inputs = _Inputs(pa.array([ids] * rows, pa.list_(pa.int32())), [text] * rows, np.full(rows, len(ids)))
             started = time.perf_counter()
             self._launch(inputs, np.arange(rows)).wait(Effort())
             return (time.perf_counter() - started) / (rows * tokens)
@@ -578,7 +579,7 @@ def keep_first_layers(model: SentenceTransformer, layers: int) -> None:
 
     transformer = model.transformers_model
     total = getattr(getattr(transformer, "config", None), "num_hidden_layers", None)
-    if transformer is not None and isinstance(total, int) and layers <= total:
+    if transformer is not None and isinstance(total, int) and 1 <= layers <= total:
         for parent in transformer.modules():
             for name, child in parent.named_children():
                 if name in LAYER_LISTS and isinstance(child, torch.nn.ModuleList) and len(child) == total:

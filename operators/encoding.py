@@ -80,6 +80,7 @@ class Encoder:
             "precision": self.precision.value,
             "layers": self.layers,
             "backend": self.backend.value,
+            "task": self.task,
         }
 
     def fingerprint(self) -> str:
@@ -87,8 +88,9 @@ class Encoder:
 
     @property
     def space(self) -> str:
-        """Identity of the vector space: the parameters less the prompt, since queries may have one of their own."""
-        return fingerprint(**{name: value for name, value in self.parameters().items() if name != "prompt"})
+        """Identity of the vector space: the parameters less prompt and task, in which queries may differ."""
+        shared = {name: value for name, value in self.parameters().items() if name not in ("prompt", "task")}
+        return fingerprint(**shared)
 
 
 @dataclass

@@ -65,7 +65,9 @@ class TextTokenizer(PassageTokenizer):
         found = {row: (encoding.ids, len(encoding)) for row, encoding in zip(short, encodings, strict=True)}
         for row, text in enumerate(prompted):
             if row not in found:
-                found[row] = (self._cut(text), int(self.count([text])[0]) + self._special)
+                ids = self._cut(text)
+                whole = not self._window or len(ids) < self._window
+                found[row] = (ids, len(ids) if whole else int(self.count([text])[0]) + self._special)
             elif self._window and found[row][1] > self._window:
                 found[row] = (self._cut(text), found[row][1])
         return [found[row] for row in range(len(texts))]
@@ -78,7 +80,7 @@ class TextTokenizer(PassageTokenizer):
         self._tokenizer.enable_truncation(self._window)
         try:
             while True:
-                space = text.rfind(" ", 1, characters)
+                space = max(text.rfind(space, 1, characters) for space in " \n\t")
                 prefix = text[: characters if space < 0 else space]
                 encoding = self._tokenizer.encode(text if characters >= len(text) else prefix)
                 if len(encoding) >= self._window or characters >= len(text):

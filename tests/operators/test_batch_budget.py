@@ -88,7 +88,7 @@ def test_budgets_end_where_memory_does(error: type[Exception]) -> None:
     def small(budget: int) -> float:
         tried.append(budget)
         if budget > 2048:
-            raise error(f"no memory for {budget}")
+            raise error(f"out of memory for {budget}")
         return 1 / budget
 
     assert find_budget(small, accelerator=False) == 2048
@@ -98,9 +98,9 @@ def test_budgets_end_where_memory_does(error: type[Exception]) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
 def test_no_memory_for_the_smallest_budget_is_an_error(error: type[Exception]) -> None:
     def none(budget: int) -> float:
-        raise error(f"no memory for {budget}")
+        raise error(f"out of memory for {budget}")
 
-    with pytest.raises(error, match="no memory for 1024"):
+    with pytest.raises(error, match="out of memory for 1024"):
         find_budget(none, accelerator=False)
 
 

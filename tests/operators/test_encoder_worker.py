@@ -232,6 +232,11 @@ def worker(encoder: Encoder, folder: Path) -> EncoderWorker:
 
 
 @pytest.fixture(scope="module")
+def prompted(encoder: Encoder, folder: Path) -> EncoderWorker:
+    return EncoderWorker(replace(encoder, prompt=PROMPT), folder)
+
+
+@pytest.fixture(scope="module")
 def plain(folder: Path) -> Any:  # noqa: ANN401
     return reference(folder)
 
@@ -251,11 +256,6 @@ def _replace(path: Path, **changes: object) -> None:
     content = {**json.loads(path.read_text()), **changes}
     path.unlink()
     path.write_text(json.dumps(content))
-
-
-def _with(worker: EncoderWorker, folder: Path, **changes: object) -> EncoderWorker:
-    """A worker with another descriptor of the same model."""
-    return EncoderWorker(replace(worker.encoder, **changes), folder)  # type: ignore[arg-type]
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -298,14 +298,14 @@ def test_tokens_are_those_of_the_model(worker: EncoderWorker, plain: Any) -> Non
 
 
 @needs_model
-@pytest.mark.parametrize("prompt", ["", PROMPT])
-def test_truncated_tokens_are_counted_exactly(worker: EncoderWorker, folder: Path, plain: Any, prompt: str) -> None:  # noqa: ANN401
+def test_truncated_tokens_are_counted_exactly(worker: EncoderWorker, prompted: EncoderWorker, plain: Any) -> None:  # noqa: ANN401
     texts = ["word " * 254, "word " * 255, "word " * 1000, "short"]
-    found = _with(worker, folder, prompt=prompt).encode(texts)
-    whole = [len(plain.tokenizer(prompt + text, truncation=False)["input_ids"]) for text in texts]
-    assert found.tokens.tolist() == [min(length, 256) for length in whole]
-    assert found.truncated_tokens.tolist() == [max(length - 256, 0) for length in whole]
-    assert found.truncated_tokens[2] > 700
+    for one in (worker, prompted):
+        found = one.encode(texts)
+        whole = [len(plain.tokenizer(one.encoder.prompt + text, truncation=False)["input_ids"]) for text in texts]
+        assert found.tokens.tolist() == [min(length, 256) for length in whole]
+        assert found.truncated_tokens.tolist() == [max(length - 256, 0) for length in whole]
+        assert found.truncated_tokens[2] > 700
 
 
 @needs_model
@@ -315,20 +315,22 @@ def test_no_texts_give_no_rows(worker: EncoderWorker) -> None:
     assert found.faults == {} and found.effort.tokens == 0
 
 
-@needs_model
-def test_a_shorter_dimension_is_cut_and_then_normalised(worker: EncoderWorker, folder: Path) -> None:
-    whole = worker.encode(TEXTS).vectors
-    short = _with(worker, folder, dimension=100).encode(TEXTS).vectors
-    by_hand = whole[:, :100] / np.linalg.norm(whole[:, :100], axis=1, keepdims=True)
-    assert short.shape == (len(TEXTS), 100)
-    assert np.abs(short - by_hand).max() <= TOLERANCE
-    uncut = _with(worker, folder, dimension=100, normalize=False).encode(TEXTS).vectors
-    assert np.abs(uncut - whole[:, :100]).max() <= TOLERANCE
+def test_a_shorter_dimension_is_cut_and_then_normalised(tmp_path: Path) -> None:
+    folder = build_model(tmp_path)
+    whole = EncoderWorker(encoder_of(folder), folder).encode(TEXTS).vectors
+    short = EncoderWorker(encoder_of(folder, dimension=10), folder).encode(TEXTS).vectors
+    assert short.shape == (len(TEXTS), 10)
+    assert np.abs(short - whole[:, :10] / np.linalg.norm(whole[:, :10], axis=1, keepdims=True)).max() <= TOLERANCE
+    raw = EncoderWorker(encoder_of(folder, dimension=10, normalize=False), folder).encode(TEXTS).vectors
+    assert largest_difference(raw, reference(folder).encode(TEXTS)[:, :10]) <= TOLERANCE
 
 
 @needs_model
-def test_the_prompt_is_that_of_sentence_transformers(worker: EncoderWorker, folder: Path, plain: Any) -> None:  # noqa: ANN401
-    prompted = _with(worker, folder, prompt=PROMPT)
+def test_the_prompt_is_that_of_sentence_transformers(
+    worker: EncoderWorker,
+    prompted: EncoderWorker,
+    plain: Any,  # noqa: ANN401
+) -> None:
     found, by_hand = prompted.encode(TEXTS), worker.encode([PROMPT + text for text in TEXTS])
     assert prompted.takes_token_ids
     assert np.abs(found.vectors - plain.encode(TEXTS, prompt=PROMPT)).max() <= TOLERANCE
@@ -337,13 +339,13 @@ def test_the_prompt_is_that_of_sentence_transformers(worker: EncoderWorker, fold
 
 
 @needs_model
-def test_a_model_that_pools_without_its_prompt_is_honoured(linked: Path, worker: EncoderWorker, folder: Path) -> None:
+def test_a_model_that_pools_without_its_prompt_is_honoured(linked: Path, prompted: EncoderWorker) -> None:
     _replace(linked / "1_Pooling/config.json", include_prompt=False)
     card = read_model_card("mine", linked)
     mine = encoder_for(card, prompt=PROMPT, dimension=384, normalize=True, batch_tokens=512)
     found = EncoderWorker(mine, linked).encode(TEXTS)
     assert np.abs(found.vectors - reference(linked).encode(TEXTS, prompt=PROMPT)).max() <= TOLERANCE
-    assert np.abs(found.vectors - _with(worker, folder, prompt=PROMPT).encode(TEXTS).vectors).max() > 1e-3
+    assert np.abs(found.vectors - prompted.encode(TEXTS).vectors).max() > 1e-3
 
 
 @needs_model
@@ -358,7 +360,8 @@ def test_a_default_prompt_of_the_model_is_not_added(linked: Path, worker: Encode
 
 @needs_model
 def test_half_precision_stays_close(worker: EncoderWorker, folder: Path) -> None:
-    half = _with(worker, folder, precision=Precision.BFLOAT16).encode(TEXTS[:6]).vectors
+    bfloat16 = replace(worker.encoder, precision=Precision.BFLOAT16)
+    half = EncoderWorker(bfloat16, folder).encode(TEXTS[:6]).vectors
     assert half.dtype == np.float32
     assert _cosines(half, worker.encode(TEXTS[:6]).vectors).min() >= 0.999
 
@@ -428,7 +431,11 @@ def test_effort_counts_tokens_and_operations(worker: EncoderWorker, plain: Any) 
     import torch
 
     effort, lengths = worker.encode(TEXTS).effort, [len(plain.tokenizer(text)["input_ids"]) for text in TEXTS]
-    linear = [layer.weight.numel() for layer in plain.modules() if isinstance(layer, torch.nn.Linear)]
+    linear = [
+        layer.weight.numel()
+        for name, layer in plain.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "pooler" not in name
+    ]
     pairs = sum(length**2 for length in lengths)
     assert effort.tokens == sum(lengths) <= effort.padded_tokens <= len(TEXTS) * max(lengths)
     assert effort.flops == pytest.approx(2 * sum(linear) * sum(lengths) + 4 * 6 * 384 * pairs)
@@ -466,8 +473,14 @@ def test_a_prompt_left_out_of_pooling(tmp_path: Path, pooling: str) -> None:
     check_against_sentence_transformers(folder, TINY_TEXTS, expected, prompt="Search: ")
 
 
-@pytest.mark.parametrize("architecture", ["ModernBert", "Qwen2"])
-@pytest.mark.parametrize("pooling", POOLING_MODES)
+LEFT = [(pooling, architecture) for pooling in POOLING_MODES for architecture in ("ModernBert", "Qwen2")]
+QUICK = {("mean", "ModernBert"), ("lasttoken", "Qwen2")}
+
+
+@pytest.mark.parametrize(
+    ("pooling", "architecture"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in LEFT],
+)
 def test_padding_on_the_left(tmp_path: Path, pooling: str, architecture: str) -> None:
     """Of models with relative positions: it moves the absolute ones."""
     folder = build_model(tmp_path, architecture, pooling=pooling, include_prompt=False, padding_side="left")
@@ -480,19 +493,19 @@ def test_padding_on_the_left(tmp_path: Path, pooling: str, architecture: str) ->
     [
         ("Bert", {"dense": 24}),
         ("Bert", {"hidden_act": "gelu_pytorch_tanh"}),
-        ("Bert", {"hidden_act": "relu"}),
-        ("Bert", {"lower": False}),
+        pytest.param("Bert", {"hidden_act": "relu"}, marks=pytest.mark.slow),
+        pytest.param("Bert", {"lower": False}, marks=pytest.mark.slow),
         ("DistilBert", {}),
         ("Roberta", {}),
-        ("XLMRoberta", {"pooling": "cls"}),
+        pytest.param("XLMRoberta", {"pooling": "cls"}, marks=pytest.mark.slow),
         ("MPNet", {}),
-        ("Electra", {"embedding_size": 32}),
-        ("Albert", {"embedding_size": 16, "num_hidden_groups": 1}),
-        ("DebertaV2", {}),
+        pytest.param("Electra", {"embedding_size": 32}, marks=pytest.mark.slow),
+        pytest.param("Albert", {"embedding_size": 16, "num_hidden_groups": 1}, marks=pytest.mark.slow),
+        pytest.param("DebertaV2", {}, marks=pytest.mark.slow),
         ("ModernBert", {}),
         ("T5", {}),
         ("Qwen2", {"pooling": "lasttoken", "padding_side": "left"}),
-        ("Qwen2", {"pooling": "mean"}),
+        pytest.param("Qwen2", {"pooling": "mean"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -526,8 +539,8 @@ def test_a_model_without_transformer(tmp_path: Path) -> None:
         ("Bert", 2, lambda model: model.encoder.layer),
         ("Bert", 3, lambda model: model.encoder.layer),
         ("DistilBert", 1, lambda model: model.transformer.layer),
-        ("ModernBert", 2, lambda model: model.layers),
-        ("Qwen2", 1, lambda model: model.layers),
+        pytest.param("ModernBert", 2, lambda model: model.layers, marks=pytest.mark.slow),
+        pytest.param("Qwen2", 1, lambda model: model.layers, marks=pytest.mark.slow),
     ],
 )
 def test_first_layers_alone(tmp_path: Path, architecture: str, layers: int, layers_of: Callable[[Any], Any]) -> None:

@@ -114,7 +114,7 @@ def test_tokenizer_files_change_the_tokenizer_hash_alone(tiny: Path, name: str) 
         ("1_Pooling/config.json", {"include_prompt": False}, set()),
         ("config.json", {"hidden_act": "relu"}, set()),
         ("sentence_bert_config.json", {"max_seq_length": 128}, {"max_tokens"}),
-        ("config_sentence_transformers.json", {"prompts": {"query": "q: "}}, {"query_prompt"}),
+        ("config_sentence_transformers.json", {"prompts": {"query": "q: "}}, {"query_prompt", "prompts"}),
     ],
 )
 def test_configuration_files_change_the_configuration_hash(
