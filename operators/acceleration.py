@@ -29,7 +29,8 @@ ATTENTION = "penstock_blocked"
 LONGEST_BLOCKED = 1024  # beyond it the scores of one head alone leave the cache
 BLOCK_BYTES = 1 << 20  # scores of one block, so that softmax finds them in the cache
 PACKED_FOR_ROWS = 4096  # oneDNN chooses a weight's layout for about so many tokens at a time
-LEAST_AGREEMENT = 0.999
+LEAST_AGREEMENT = 1 - 1e-5
+LEAST_AGREEMENT_NARROW = 0.999
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 Probe = Callable[[], np.ndarray]
@@ -59,7 +60,7 @@ def accelerate(model: SentenceTransformer, probe: Probe, reload: Callable[[], Se
     """The model with faster CPU kernels, and whether they are in use.
 
     `probe` gives vectors (N, d) of the current model for a few texts, `reload` loads it anew. Kernels that raise, or
-    whose vectors have a cosine below 0.999 to those of the plain model, are not used.
+    whose vectors have a cosine below 0.99999 (0.999 in half precision) to those of the plain model, are not used.
     """
     import torch
 
@@ -73,9 +74,13 @@ def accelerate(model: SentenceTransformer, probe: Probe, reload: Callable[[], Se
         except Exception as error:  # whatever a model makes of kernels that it does not expect
             logger.info("plain kernels: %s", error)
             return reload(), False
-    if _least_cosine(expected, found) < LEAST_AGREEMENT:
+    if _least_cosine(expected, found) < _least_agreement(model):
         return reload(), False
     return model, True
+
+
+def _least_agreement(model: SentenceTransformer) -> float:
+    return LEAST_AGREEMENT if str(model.dtype) == "torch.float32" else LEAST_AGREEMENT_NARROW
 
 
 def _least_cosine(a: np.ndarray, b: np.ndarray) -> float:

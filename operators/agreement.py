@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from penstock.operators.acceleration import computes_fast
-from penstock.operators.encoder_worker import EncoderWorker
+from penstock.operators.encoder_worker import EncoderFails, EncoderWorker
 from penstock.operators.encoding import Backend, Encoder, Precision, unit_length
 
 LEAST_MEAN_COSINE = 0.9999
 LEAST_COSINE = 0.999
 NEIGHBOURS = 10
 SAMPLE_TOKENS = 12_288
-SAMPLE_TEXTS = 32  # at least, however long they are
+SAMPLE_TEXTS = 4  # at least, however long they are
 REFERENCE_BATCH_TOKENS = 2048
 PASSES = 2
 HOPELESS = 1.3  # a candidate whose first pass takes so much longer than the best so far is not timed again
@@ -96,13 +96,19 @@ def compare_precisions(
     del worker
     candidates: list[Candidate] = []
     figures: dict[Precision, dict[str, Any]] = {}
-    for number, precision in enumerate([wanted] if wanted else _fast_precisions(device)):
-        # The first one, which is nearly always chosen, finds its batch size here, for the workers to come.
-        budget = encoder.batch_tokens or (REFERENCE_BATCH_TOKENS if number else None)
+    budget = encoder.batch_tokens
+    for precision in [wanted] if wanted else _fast_precisions(device):
         described = replace(encoder, precision=precision, batch_tokens=budget)
-        one = EncoderWorker(described, folder, threads, device, cache)
         fastest = max((known.tokens_per_s for known in candidates), default=0.0)
-        candidates.append(_compare(one, precision, texts, usable, truth, encoded.effort.tokens, fastest))
+        try:
+            one = EncoderWorker(described, folder, threads, device, cache)
+            found = _compare(one, precision, texts, usable, truth, encoded.effort.tokens, fastest)
+        except (RuntimeError, NotImplementedError, TypeError, EncoderFails):
+            if wanted or precision is Precision.FLOAT32:
+                raise
+            continue  # this device cannot run this model in this precision
+        candidates.append(found)
+        budget = one.batch_tokens  # found by the first for the workers to come; the others are timed with the same
         figures[precision] = one.figures()
         del one
     agreeing = [one for one in candidates if one.agrees or one.precision is Precision.FLOAT32]

@@ -57,8 +57,9 @@ class IsolatedEncoder:
     """An EncoderWorker in a child process, with the same results.
 
     Raises:
-        ModelMismatch and whatever else EncoderWorker raises when it starts.
-        EncoderCrashed: the child died RESTARTS_PER_CALL times in one call, or while starting.
+        ModelMismatch and other errors of this package that EncoderWorker raises.
+        EncoderCrashed: the child died RESTARTS_PER_CALL times in one call, or while starting; or a library raised in
+            it, with its words.
     """
 
     def __init__(self, encoder: Encoder, folder: Path, options: ProcessOptions = ProcessOptions()) -> None:
@@ -80,16 +81,15 @@ class IsolatedEncoder:
     def start(self) -> None:
         """Start the child; returns when the model is loaded."""
         self._child = _Child(self._options)
-        self._child.send(("load", self.encoder, self._folder, self._options))
-        kind, value = self._child.receive(START_TIMEOUT_S)
+        kind, *values = self._child.ask(("load", self.encoder, self._folder, self._options), START_TIMEOUT_S)
+        if kind == "loaded":
+            self.figures = values[0]
+            return
+        ending = self._child.ending(kind)
+        self.close()
         if kind == "raised":
-            self.close()
-            raise value
-        if kind != "loaded":
-            ending = self._child.ending()
-            self.close()
-            raise EncoderCrashed(f"encoder ({self.encoder.model}): its process did not start: {ending}")
-        self.figures = value
+            raise values[0]
+        raise EncoderCrashed(f"encoder ({self.encoder.model}): its process did not start: {ending}")
 
     @property
     def process_id(self) -> int:
@@ -124,7 +124,7 @@ class IsolatedEncoder:
                     f"encoder ({self.encoder.model}): its process ended {restarts} times within one fragment "
                     f"({outcome}); check the model, or lower embedding.batch_tokens"
                 )
-            if len(batch) == 1:
+            if len(batch) == 1 and len(suspects):  # the second time, and alone
                 reason = HANG if outcome.startswith("no answer") else CRASH
                 call.faults[int(batch[0])] = Fault(reason, f"the encoder's process ended on this text: {outcome}")
                 suspects = np.setdiff1d(suspects, batch)
@@ -141,12 +141,11 @@ class IsolatedEncoder:
 
     def _project(self, means: np.ndarray) -> np.ndarray:
         assert self._child is not None
-        self._child.send(("project", means))
-        kind, *values = self._child.receive(self._options.timeout_s)
+        kind, *values = self._child.ask(("project", means), self._options.timeout_s)
         if kind == "raised":
             raise values[0]
         if kind != "projected":
-            ending = self._child.ending()
+            ending = self._child.ending(kind)
             self.close()
             raise EncoderCrashed(f"encoder ({self.encoder.model}): its process ended after pooling: {ending}")
         vectors: np.ndarray = values[0]
@@ -161,8 +160,7 @@ class IsolatedEncoder:
         try:
             texts = () if self.figures["takes_token_ids"] else call.texts
             self._child.send(("encode", call.tokenized, texts, rows, bool(len(suspects))))
-        except OSError:
-            call.rows_at_work = rows
+        except OSError:  # it died between two calls: no text is to blame
             return self._child.ending()
         while True:
             kind, *values = self._child.receive(self._options.timeout_s)
@@ -239,8 +237,16 @@ class _Child:
     def send(self, message: tuple[Any, ...]) -> None:
         self._connection.send(message)
 
-    def receive(self, timeout_s: float) -> tuple[Any, ...]:
-        """The next message, ("timeout",) or ("ended",)."""
+    def ask(self, message: tuple[Any, ...], timeout_s: float | None) -> tuple[Any, ...]:
+        """Send, and the answer: as of `receive`."""
+        try:
+            self.send(message)
+        except OSError:
+            return ("ended",)
+        return self.receive(timeout_s)
+
+    def receive(self, timeout_s: float | None) -> tuple[Any, ...]:
+        """The next message, ("timeout",) or ("ended",); without a limit, waits for one of the two others."""
         try:
             if not self._connection.poll(timeout_s):
                 return ("timeout",)
@@ -249,8 +255,12 @@ class _Child:
             return ("ended",)
         return message
 
-    def ending(self) -> str:
-        """How the process ended, for people."""
+    def ending(self, kind: str = "ended") -> str:
+        """How the process ended, or that it did not answer, for people."""
+        if kind == "timeout":
+            return "it did not answer in time"
+        if kind == "raised":
+            return "it raised"
         try:
             code = self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -268,17 +278,16 @@ def call_in_process(function: Callable[..., Any], *arguments: object, options: P
     """The result of a function of this package, in a process that is set up like an encoder's and ends with it.
 
     Raises:
-        EncoderCrashed: the process died.
-        Whatever the function raises.
+        EncoderCrashed: the process died, or a library raised in it, with its words.
+        Errors of this package, as the function raises them.
     """
     child = _Child(options)
     try:
-        child.send(("call", function, arguments))
-        kind, *values = child.receive(START_TIMEOUT_S)
+        kind, *values = child.ask(("call", function, arguments), None)
         if kind == "raised":
             raise values[0]
         if kind != "result":
-            raise EncoderCrashed(f"{function.__name__}: its process gave no result: {child.ending()}")
+            raise EncoderCrashed(f"{function.__name__}: its process gave no result: {child.ending(kind)}")
         return values[0]
     finally:
         child.stop()

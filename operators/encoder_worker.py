@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 QUERY_BATCH_TOKENS = 2048  # for a few short texts at a time, where a search for the best budget would only delay them
 SMALL_BUDGET, BATCHES_TO_OVERLAP = 4096, 16
+LEAST_KEPT_BUDGET = 1024  # a batch can fail since others on the device had the memory at that moment
 MOST_ROWS = 32_768  # attention kernels of accelerators have a launch grid of 65,535 at most
 OUT_OF_MEMORY = "out_of_memory"
 ENCODER_ERROR = "encoder_error"
@@ -174,7 +175,7 @@ class EncoderWorker:
 
         self._encode_rows(inputs, chosen, 1 if one_by_one else None, on_start, take, faults, effort)
         failed = [row for row in faults if faults[row].reason == ENCODER_ERROR]
-        if len(failed) >= ROWS_OF_PROOF and len(failed) == len(chosen):
+        if len(failed) >= ROWS_OF_PROOF and len(failed) == len(chosen) and not self._encodes_probes():
             raise EncoderFails(
                 f"encoder ({self.encoder.model}): the model raised for each of {len(chosen)} texts, the last with "
                 f"{faults[failed[-1]].detail}; check the model with sentence-transformers alone"
@@ -276,7 +277,8 @@ class EncoderWorker:
                 return
             padded = len(batch) * int(lengths[batch].max())
             self.batch_tokens = max(min(self.batch_tokens, padded) // 2, 1)
-            self._budgets.save(self.batch_tokens)
+            if not self.encoder.batch_tokens:
+                self._budgets.save(max(self.batch_tokens, LEAST_KEPT_BUDGET))
             effort.budget_halvings += 1
             rest = np.concatenate([batch, *waiting])
             waiting.clear()
@@ -297,6 +299,11 @@ class EncoderWorker:
             features = self._features(inputs, rows)
             bags = self._bags(inputs, rows)
             if self._device.type != "cuda":
+                features = {
+                    name: value.to(self._device) if isinstance(value, torch.Tensor) else value
+                    for name, value in features.items()
+                }
+                bags = [bag.to(self._device) for bag in bags]
                 started = time.perf_counter()
                 vectors = self._forward(features, *bags)
                 return _InFlight(rows, vectors, time.perf_counter() - started)
@@ -388,6 +395,15 @@ class EncoderWorker:
             features = self._features(_Inputs(inputs.ids, PROBES, inputs.lengths), np.arange(len(PROBES)))
             vectors: np.ndarray = self._forward(features).cpu().numpy()
         return vectors
+
+    def _encodes_probes(self) -> bool:
+        """Whether the model still encodes any text at all."""
+        faults: dict[int, Fault] = {}
+        probes = self._tokenizer.tokenize(PROBES)
+        lengths = np.minimum(probes.lengths, self.encoder.max_tokens or int(probes.lengths.max()))
+        inputs = _Inputs(probes.ids, PROBES, lengths)
+        self._encode_rows(inputs, np.arange(len(PROBES)), None, None, lambda *_: None, faults, Effort())
+        return len(faults) < len(PROBES)
 
     def _same_token_ids(self) -> bool:
         """Whether ids made ahead, padded here, are the very features that the model's own preprocessing makes."""

@@ -36,6 +36,10 @@ class Backend(StrEnum):
     OPENVINO = "openvino"
 
 
+class TextRefused(Exception):
+    """A text that must have a vector got none."""
+
+
 class ModelMismatch(Exception):
     """The model found is not the one that the descriptor, or the index, was made with."""
 
@@ -129,6 +133,16 @@ class Encoded:
     @property
     def vectors(self) -> np.ndarray:
         return self.columns[VECTOR]
+
+    def require(self) -> np.ndarray:
+        """The vectors (N, d) of all rows.
+
+        Raises:
+            TextRefused: a row has none.
+        """
+        for row, fault in self.faults.items():
+            raise TextRefused(f"text {row} has no vector: {fault.reason}: {fault.detail}; leave it out, or change it")
+        return self.vectors
 
 
 def encoder_for(card: ModelCard, *, prompt: str, dimension: int, normalize: bool, **options: object) -> Encoder:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import typer
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
+from penstock.cluster.jobs.embeddings import RowsLost
 from penstock.cluster.jobs.evaluation import QueriesInvalid
 from penstock.cluster.jobs.passages import SourceChanged
 from penstock.cluster.jobs.selection import DuplicateDocumentIds
@@ -18,7 +19,10 @@ from penstock.cluster.leases import LeaseHeld, LeaseLost
 from penstock.cluster.published import DamagedFile
 from penstock.cluster.session import WorkFailed
 from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store, StoreUnsuitable, open_store
-from penstock.operators.encoding import ModelMismatch
+from penstock.operators.agreement import VectorsDisagree
+from penstock.operators.encoder_process import EncoderCrashed
+from penstock.operators.encoder_worker import EncoderFails
+from penstock.operators.encoding import ModelMismatch, TextRefused
 from penstock.operators.models import ModelUnavailable
 from penstock.pipelines.cleanup import DEFAULT_GRACE_HOURS, GraceTooShort, collect_garbage
 from penstock.pipelines.config import PipelineFile
@@ -62,6 +66,11 @@ EXIT_CODES: dict[type[BaseException], int] = {
     PublishConflict: EXIT_CONFLICT,
     AlreadyExists: EXIT_CONFLICT,
     ModelMismatch: EXIT_FAILED,
+    EncoderFails: EXIT_FAILED,
+    EncoderCrashed: EXIT_FAILED,
+    RowsLost: EXIT_FAILED,
+    TextRefused: EXIT_INVALID,
+    VectorsDisagree: EXIT_INVALID,
     DamagedFile: EXIT_FAILED,
     SourceChanged: EXIT_FAILED,
     StorageUnavailable: EXIT_FAILED,

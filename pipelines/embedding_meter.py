@@ -62,6 +62,8 @@ class EmbeddingMeter:
             return {}
         seconds = max(time.monotonic() - self._ready_at, 1e-3)
         encoded = sum(live.rows.values())
+        if not encoded:
+            return {}
         rate = encoded / seconds
         capacity = seconds * max(live.workers, 1)
         figures = {

@@ -69,8 +69,9 @@ class Resolved:
 
     @cached_property
     def decision_fingerprint(self) -> str:
-        """Identity of the choice of precision: the encoder, less the precision."""
-        return fingerprint(**{**self.encoder.parameters(), "precision": "auto"})
+        """Identity of the choice of precision: the encoder, less precision and dimension, so that shorter vectors can
+        be taken from longer ones."""
+        return fingerprint(**{**self.encoder.parameters(), "precision": "auto", "dimension": self.card.dimension})
 
     def with_precision(self, precision: Precision) -> "Resolved":
         """With the precision that `auto` came to mean."""

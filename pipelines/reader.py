@@ -114,7 +114,7 @@ class OpenIndex:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Query vectors float32 (q, d) of texts."""
         with self._lock:
-            return self._encoder.encode(list(texts)).vectors
+            return self._encoder.encode(list(texts)).require()
 
     @cached_property
     def _shards(self) -> list[ShardRecord]:

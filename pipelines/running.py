@@ -200,6 +200,7 @@ class Run:
         self._passages()
         facts = self._selection()
         self._decide_precision(facts)
+        self._record["parameters"] = self.resolved.parameters
         chain = make_chain(self.resolved, facts)
         check_trainable(self.resolved, chain, self._origin)
         for stage, stage_fingerprint in chain.stages(self.resolved).items():
@@ -347,17 +348,19 @@ class Run:
     def _decide_precision(self, facts: Sequence[FragmentFacts]) -> None:
         """Choose the precision that `auto` stands for, once per encoder and root; and measure what the file's choices
         (dimension, layers, backend) cost, where there is something to measure."""
-        resolved = self.resolved
+        self.resolved = resolved = decided_before(self.resolved, self._store)
         embedding = resolved.pipeline.embedding
-        wanted = None if embedding.precision == "auto" else embedding.precision
         shortened = resolved.encoder.dimension < resolved.card.dimension
-        if wanted and embedding.backend is Backend.TORCH and not shortened:
+        decision = precision_path(resolved.decision_fingerprint)
+        own = precision_path(resolved.encoder.fingerprint())
+        if resolved.decided and embedding.backend is Backend.TORCH and not shortened:
+            self._agreement = read_json(self._store, decision) if embedding.precision == "auto" else None
             return
-        path = precision_path(resolved.decision_fingerprint if wanted is None else resolved.encoder.fingerprint())
-        self._agreement = read_json(self._store, path)
+        wanted = resolved.encoder.precision if resolved.decided else None
+        self._agreement = read_json(self._store, own if resolved.decided else decision)
         if self._agreement is not None:
-            self.resolved = decided_before(resolved, self._store)
             return
+        self._pool(1)  # refuses workers that do not fit before a task waits for them for ever
         kept = sorted(fact.passages for fact in facts if fact.kept)
         step = -(-len(kept) // SAMPLE_FRAGMENTS)
         task = AgreementTask(self._job(""), resolved.card.dimension, tuple(kept[::step]), wanted)
@@ -366,12 +369,11 @@ class Run:
             cpus = workers.cpus * ACTOR_CPU_SHARE
             found = self._session.run(check_agreement, task, cpus=cpus, gpus=workers.gpus)
             advance(1, f"{found.chosen.value}")
-        record = found.to_json()
-        try:
-            record = self._store.create(path, record)
-        except AlreadyExists:  # another run of this encoder was faster: all use what it chose
-            record = read_json(self._store, path) or record
-        self.resolved = decided_before(resolved, self._store)
+        record = self._create(own if resolved.decided else decision, found.to_json())
+        if not resolved.decided:
+            self.resolved = resolved = decided_before(resolved, self._store)
+            if shortened:
+                self._create(precision_path(resolved.encoder.fingerprint()), found.to_json())
         self._agreement = record
         overlap = record["dimension_overlap_at_10"]
         if overlap is not None:
@@ -379,6 +381,13 @@ class Run:
                 f"dimension {resolved.encoder.dimension} of {resolved.card.dimension}: {overlap:.1%} of the 10 nearest "
                 f"neighbours of full vectors, on {record['sample_texts']} passages"
             )
+
+    def _create(self, path: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Write a record that is written once; where another run was faster, its record."""
+        try:
+            return self._store.create(path, record)
+        except AlreadyExists:
+            return read_json(self._store, path) or record
 
     def _job(self, embeddings_fingerprint: str) -> EmbeddingJob:
         resolved = self.resolved

@@ -8,6 +8,7 @@ per fragment.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import threading
 import time
@@ -141,11 +142,12 @@ def check_agreement(task: AgreementTask) -> Agreement:
     """Compare precisions on texts of the corpus, in a process of its own."""
     job = task.job
     store = connect(job.root)
-    texts: list[str] = []
+    parts: list[list[str]] = []
     for fragment in task.fragments:  # rows lie in the order of a hash: the first ones are a random sample
         path = fragment_path(PASSAGES, job.passages_fingerprint, fragment)
         table = read_fragment(store, path, ["text"])
-        texts += table.column("text").slice(0, -(-SAMPLE_TEXTS // len(task.fragments))).to_pylist()
+        parts.append(table.column("text").slice(0, -(-SAMPLE_TEXTS // len(task.fragments))).to_pylist())
+    texts = [text for turn in itertools.zip_longest(*parts) for text in turn if text is not None]
     options = job.process_options()
     arguments = (job.encoder, task.full_dimension, model_folder(job.encoder.model), texts, task.wanted)
     found: Agreement = call_in_process(
@@ -421,7 +423,7 @@ def _listening(live: Any, on_live: Callable[[Live], None] | None) -> Iterator[No
     def listen() -> None:
         while not done.wait(LIVE_INTERVAL_S):
             try:
-                figures = ray.get(live.read.remote())
+                figures = ray.get(live.read.remote(), timeout=5)
             except ray.exceptions.RayError:  # figures are a courtesy: the work goes on without them
                 continue
             if on_live and not done.is_set():
@@ -433,7 +435,7 @@ def _listening(live: Any, on_live: Callable[[Live], None] | None) -> Iterator[No
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(10)
 
 
 def ids_digest(table: pa.Table) -> str:
@@ -504,7 +506,7 @@ def _known_by_hash(store: Store, job: EmbeddingJob, fragment: str, wanted: set[b
             held = read_fragment(store, donor, ["text_hash", "embedding"]).take(rows.combine_chunks())
             vectors = _shortened(vectors_of(held.column("embedding")), job)
             for text_hash, vector in zip(held.column("text_hash").to_pylist(), vectors, strict=True):
-                if text_hash in wanted:
+                if text_hash in wanted and vector.any():
                     found[text_hash] = vector
     return found
 

@@ -123,7 +123,7 @@ def encode_queries(task: EncodeQueriesTask) -> Queries:
     ids, texts = _read_queries(task)
     encoder = replace(task.encoder, batch_tokens=QUERY_BATCH_TOKENS)
     worker = EncoderWorker(encoder, model_folder(encoder.model), device="cpu")
-    return Queries(tuple(ids), worker.encode(texts).vectors, tuple(None for _ in ids))
+    return Queries(tuple(ids), worker.encode(texts).require(), tuple(None for _ in ids))
 
 
 def find_exact(task: ExactTask) -> Neighbours:
