@@ -98,6 +98,20 @@ def print_view(view: RenderableType) -> None:
     console.print(view, highlight=False)
 
 
+def _encoder(report: Report) -> list[tuple[str, str]]:
+    """The line on what encoded, where anything was."""
+    encoder = report.encoder
+    if encoder is None or not encoder["tokens"]:
+        return []
+    rates, worker = encoder["rates"], encoder["worker"]
+    words = (
+        f"{report.manifest['model']['precision']}, {worker['batch_tokens']:,} tokens a batch; "
+        f"{rates['passages_per_s']:,.0f} passages/s, padding {encoder['padding_share']:.0%}, "
+        f"idle {rates['idle_share']:.0%}, {encoder['start_s']:.0f} s to start"
+    )
+    return [("encoder", words)]
+
+
 def _figures(report: Report) -> RenderableType:
     evaluation = report.manifest["evaluation"]
     selection = report.entries[1]
@@ -110,6 +124,7 @@ def _figures(report: Report) -> RenderableType:
         ("duplicates left out", f"{sum(selection.dropped.values()):,}"),
         ("tokens", f"{selection.tokens:,}"),
         ("encoded / reused", f"{embeddings.encoded:,} / {report.entries[2].rows_in - embeddings.encoded:,}"),
+        *_encoder(report),
         (
             "index",
             f"{report.manifest['faiss']['factory']}, {len(report.manifest['shards'])} shards, "

@@ -237,7 +237,7 @@ def test_an_unknown_key_names_the_nearest_known_one(text: str, location: str, ne
 
 
 def test_an_unknown_key_like_no_other_names_all() -> None:
-    rule = "is not a key here; known keys: count, cpus, gpus"
+    rule = "is not a key here; known keys: count, cpus, gpus, max, min, timeout_s"
     assert _problem(BASE + "  workers: {zzz: 1}\n").message == rule
 
 
@@ -259,7 +259,7 @@ def test_an_unknown_key_like_no_other_names_all() -> None:
         ("index: [a]", "(['a']) must be a mapping of keys to values"),
         ("index:", "(None) must be a mapping of keys to values"),
         ("passages: {tokens: 7}", "(7) must be greater than or equal to 8"),
-        ("passages: {type: sentences}", "('sentences') must be 'tokens' or 'whole'"),
+        ("passages: {type: sentences}", "('sentences') must be 'tokens', 'whole' or 'late'"),
         ("evaluate: {queries: 0}", "(0) must be greater than or equal to 1 or be a valid string"),
         ("publish: {alias: Live!}", "('Live!') must match pattern"),
         ("publish: {keep: 0}", "(0) must be greater than or equal to 1"),

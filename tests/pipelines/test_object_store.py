@@ -20,7 +20,7 @@ name: test
 root: ${{PENSTOCK_TEST_ROOT}}
 documents: {{type: docstrings, packages: [s3fs], fragment_bytes: 100000}}
 passages: {{type: tokens, tokens: 64, overlap: 8}}
-embedding: {{model: {MODEL}, workers: {{count: 1}}}}
+embedding: {{model: {MODEL}, precision: float32, batch_tokens: 2048, workers: {{count: 1}}}}
 index: {{family: hnsw, shards: 2, rerank: true, recall: 0.9}}
 evaluate: {{queries: 20}}
 gate: {{recall: 0.9}}
