@@ -693,14 +693,22 @@ def test_a_text_that_makes_the_model_raise_is_its_own_fault(
 
 
 def test_a_model_that_raises_for_every_text_fails(tmp_path: Path) -> None:
-    folder = build_model(tmp_path, action=on_poison("raise IndexError('broken')"))
+    broken = tmp_path / "broken"
+    folder = build_model(tmp_path, action=f"if os.path.exists({str(broken)!r}):\n    raise IndexError('broken')")
     worker = EncoderWorker(encoder_of(folder), folder)
+    broken.touch()
     with pytest.raises(EncoderFails, match=r"encoder \(tiny\): .* each of 16 texts, .* IndexError: broken; check the"):
-        worker.encode(_with_poison(*range(16)))
-    few = worker.encode([POISON] * (ROWS_OF_PROOF - 1))
+        worker.encode(TINY_TEXTS[:1] * 16)
+    few = worker.encode(TINY_TEXTS[:1] * (ROWS_OF_PROOF - 1))
     assert len(few.faults) == ROWS_OF_PROOF - 1  # too few to tell
-    one_good = worker.encode(["a good one", *[POISON] * 20])
-    assert set(one_good.faults) == set(range(1, 21))
+
+
+def test_a_fragment_of_bad_texts_alone_does_not_accuse_the_model(tmp_path: Path) -> None:
+    folder = build_model(tmp_path, action=on_poison("raise IndexError('poisoned')"))
+    worker = EncoderWorker(encoder_of(folder), folder)
+    found = worker.encode([POISON] * (2 * ROWS_OF_PROOF))
+    assert {fault.reason for fault in found.faults.values()} == {ENCODER_ERROR}
+    assert len(found.faults) == 2 * ROWS_OF_PROOF
 
 
 # ---- memory
