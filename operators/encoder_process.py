@@ -195,9 +195,7 @@ class _Call:
         self.effort = Effort()
         self.rows_at_work = np.empty(0, np.int64)
         self._done = np.zeros(len(tokenized), bool)
-        window = encoder.max_tokens or int(tokenized.lengths.max(initial=1))
-        self._tokens = np.minimum(tokenized.lengths, window).astype(np.int32)
-        self._truncated = np.maximum(tokenized.lengths - window, 0)
+        self._tokens, self._truncated = tokenized.within(encoder.max_tokens)
 
     def missing(self) -> np.ndarray:
         left = ~self._done

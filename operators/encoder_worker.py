@@ -152,8 +152,7 @@ class EncoderWorker:
             DeviceLost: the device must be given up, and the process with it.
         """
         started = time.perf_counter()
-        window = self.encoder.max_tokens or int(tokenized.lengths.max(initial=1))
-        lengths = np.minimum(tokenized.lengths, window).astype(np.int32)
+        lengths, truncated = tokenized.within(self.encoder.max_tokens)
         faults = dict(tokenized.faults)
         chosen = np.arange(len(tokenized)) if rows is None else rows
         chosen = np.array([row for row in chosen.tolist() if row not in faults], np.int64)
@@ -181,7 +180,7 @@ class EncoderWorker:
                 f"{faults[failed[-1]].detail}; check the model with sentence-transformers alone"
             )
         effort.wall_s = time.perf_counter() - started
-        return Encoded({name: result}, lengths, np.maximum(tokenized.lengths - window, 0), faults, effort)
+        return Encoded({name: result}, lengths, truncated, faults, effort)
 
     def encode_spans(self, windows: Windows) -> Encoded:
         """Encode passages within their documents."""
@@ -400,8 +399,7 @@ class EncoderWorker:
         """Whether the model still encodes any text at all."""
         faults: dict[int, Fault] = {}
         probes = self._tokenizer.tokenize(PROBES)
-        lengths = np.minimum(probes.lengths, self.encoder.max_tokens or int(probes.lengths.max()))
-        inputs = _Inputs(probes.ids, PROBES, lengths)
+        inputs = _Inputs(probes.ids, PROBES, probes.within(self.encoder.max_tokens)[0])
         self._encode_rows(inputs, np.arange(len(PROBES)), None, None, lambda *_: None, faults, Effort())
         return len(faults) < len(PROBES)
 

