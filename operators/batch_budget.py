@@ -50,25 +50,29 @@ def find_budget(seconds_per_token: Callable[[int], float], accelerator: bool) ->
 
     `seconds_per_token` runs one batch of a budget. The first round warms up, and ends where memory or TIME_LIMIT_S
     does; in the others all budgets take turns, so that what else the machine does strikes all alike, and the least time
-    of each counts.
+    of each counts. Where memory is too short for the smallest, that is the budget: batches get smaller as they fail.
     """
     started = 0.0
     budgets: list[int] = []
     for budget in ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS:
-        if not _fits(seconds_per_token, budget, required=not budgets):
+        if not _fits(seconds_per_token, budget):
             break
         budgets.append(budget)
         started = started or time.monotonic()  # the very first batch also loads kernels
         if time.monotonic() - started > TIME_LIMIT_S:
             break
+    if not budgets:
+        return ACCELERATOR_BUDGETS[0] if accelerator else CPU_BUDGETS[0]
     least = dict.fromkeys(budgets, float("inf"))
     for _ in range(ROUNDS):
         for budget in list(least):
             try:
                 least[budget] = min(least[budget], seconds_per_token(budget))
             except (RuntimeError, MemoryError) as error:  # others on the device may take memory meanwhile
-                if budget == budgets[0] or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
+                if budget == budgets[0]:
+                    return budget
                 least = {one: seconds for one, seconds in least.items() if one < budget}
                 break
         if time.monotonic() - started > TIME_LIMIT_S:
@@ -77,11 +81,11 @@ def find_budget(seconds_per_token: Callable[[int], float], accelerator: bool) ->
     return next(budget for budget, seconds in least.items() if seconds <= enough)
 
 
-def _fits(seconds_per_token: Callable[[int], float], budget: int, required: bool) -> bool:
+def _fits(seconds_per_token: Callable[[int], float], budget: int) -> bool:
     try:
         seconds_per_token(budget)
     except (RuntimeError, MemoryError) as error:
-        if required or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     return True

@@ -14,6 +14,7 @@ import pytest
 from penstock.operators.batch_budget import CPU_BUDGETS
 from penstock.operators.encoder_worker import (
     ENCODER_ERROR,
+    LEAST_KEPT_BUDGET,
     OUT_OF_MEMORY,
     ROWS_OF_PROOF,
     EncoderFails,
@@ -721,8 +722,31 @@ def test_batches_get_smaller_where_memory_runs_out_and_stay_so(tmp_path: Path) -
     assert worker.batch_tokens <= 200 and found.effort.budget_halvings > 0
     again = worker.encode(TEXTS)
     assert again.effort.budget_halvings == 0
-    later = EncoderWorker(replace(encoder, batch_tokens=None), folder, cache=tmp_path / "cache", fast_kernels=False)
-    assert later.batch_tokens == worker.batch_tokens
+
+
+def test_a_budget_halved_for_want_of_memory_is_remembered_on_the_node(tmp_path: Path) -> None:
+    folder = build_model(tmp_path, action=_out_of_memory_above(3000))
+    encoder = replace(encoder_of(folder), batch_tokens=None)
+
+    def start() -> EncoderWorker:
+        return EncoderWorker(encoder, folder, cache=tmp_path / "cache", fast_kernels=False)
+
+    first = start()
+    first.batch_tokens = 4096  # as if measured while nothing else took memory
+    assert first.encode(TEXTS * 120).effort.budget_halvings > 0
+    assert LEAST_KEPT_BUDGET < first.batch_tokens <= 3000
+    assert start().batch_tokens == first.batch_tokens
+
+
+def test_where_memory_is_short_from_the_start_batches_still_shrink(tmp_path: Path) -> None:
+    folder = build_model(tmp_path, action=_out_of_memory_above(200))
+    encoder = replace(encoder_of(folder), batch_tokens=None)
+    worker = EncoderWorker(encoder, folder, cache=tmp_path / "cache", fast_kernels=False)
+    assert worker.batch_tokens == LEAST_KEPT_BUDGET
+    found = worker.encode(TEXTS * 40)
+    assert found.faults == {} and worker.batch_tokens <= 200
+    again = EncoderWorker(encoder, folder, cache=tmp_path / "cache", fast_kernels=False)
+    assert again.batch_tokens == LEAST_KEPT_BUDGET  # a lack of memory at one moment does not slow down for good
 
 
 def test_a_text_that_is_too_much_for_memory_alone(tmp_path: Path) -> None:
