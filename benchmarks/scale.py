@@ -5,8 +5,8 @@
 For each size a corpus of real docstrings (with their real duplicates) is written to Parquet files, smaller sizes being
 parts of larger ones, and `penstock run` is started on it as a process of its own. With --one-document, another run has
 a single document of that size, which is one fragment whatever the file says, and encodes with the model's first layer
-alone, so that it ends within minutes: memory hardly depends on the number of layers, time does. Every half second the memory of that
-process and of all below it is read from /proc/PID/status:
+alone, so that it ends within minutes: memory hardly depends on the number of layers, time does. Every half
+second the memory of that process and of all below it is read from /proc/PID/status:
 
     peak           VmHWM, the kernel's mark of the largest resident memory: peaks between two samples are not missed
     private        RssAnon: heap and stacks, which belong to that process alone
