@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from penstock.operators.chunking import SEGMENT_CHARACTERS, PassageTokenizer
+from penstock.operators.chunking import SEGMENT_CHARACTERS, PassageTokenizer, text_batches
 
 T = TypeVar("T")
 
@@ -54,7 +54,21 @@ class TextTokenizer(PassageTokenizer):
         self._prompt, self._window, self._special = prompt, window, special_tokens
 
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
-        """Ids of the texts. A text that makes the tokenizer raise is a fault, and its neighbours are not."""
+        """Ids of the texts. A text that makes the tokenizer raise is a fault, and its neighbours are not.
+
+        Memory: the ids, and what the tokenizer keeps of BATCH_CHARACTERS at a time (some 100 bytes a token).
+        """
+        parts = [self._tokenize(batch) for batch in text_batches(texts)] or [self._tokenize([])]
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        faults = {
+            int(start) + row: fault
+            for start, part in zip(starts, parts, strict=False)
+            for row, fault in part.faults.items()
+        }
+        ids = pa.concat_arrays([part.ids for part in parts])
+        return Tokenized(ids, np.concatenate([part.lengths for part in parts]), faults)
+
+    def _tokenize(self, texts: Sequence[str]) -> Tokenized:
         faults: dict[int, Fault] = {}
         ids: list[list[int] | None] = [None] * len(texts)
         lengths = np.zeros(len(texts), np.int32)
