@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.operators.indexing import Codec, Family, IndexSpec, Metric, nlist_of
+from penstock.operators.search_parameters import HNSW_ROWS_PER_EF
 from penstock.operators.searching import SearchParameters, exact_inner_products, most_similar, refuse_unfit_lengths
 
 BLOCK_PAIRS = 2**22  # query times row pairs compared at once: 16 MiB of float32 similarities
@@ -22,8 +23,20 @@ TIE_TOLERANCE = 1e-6
 EF_SEARCH_GRID = (16, 32, 64, 128, 256, 512)
 RERANK_GRID = (1, 2, 4, 8, 16, 32)
 MEASURED_K = 10  # recall at 10 is what operating points are chosen by
-HNSW_ROWS_PER_EF = 32  # rows compared for each step of an HNSW search: about its links
-RERANK_ROW_COST = 4.0  # a stored vector is a random read; a code comes from a sequential scan
+# Nanoseconds to compare a query with one row of 384 dimensions on one core (AMD EPYC, 2026): codes in a scan of 30,000
+# rows, stored float16 vectors one by one. What counts is how they compare, which orders the grid.
+ROW_COST_NS: Mapping[Codec, float] = {
+    Codec.NONE: 54,
+    Codec.FP16: 20,
+    Codec.SQ8: 18,
+    Codec.SQ6: 40,
+    Codec.SQ4: 40,
+    Codec.PQ: 20,
+    Codec.PQFS: 1.1,
+    Codec.RABITQ: 15,
+    Codec.RABITQFS: 11,
+}
+RERANKED_ROW_COST_NS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +146,12 @@ def mrr_at_k(ranked: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, f
     )
 
 
-def operating_points(spec: IndexSpec, rows_per_shard: int, rerank: bool) -> list[SearchParameters]:
-    """The search parameters to measure, cheapest first.
+def operating_points(
+    spec: IndexSpec, rows_per_shard: int, rerank: bool, tuned: SearchParameters | None = None
+) -> list[SearchParameters]:
+    """The search parameters to measure, cheapest first, those that tuning found among them.
+
+    Cheap is what compares few rows, each at the cost of its codec and of re-ranking.
 
     Points that only repeat a cheaper one are left out: an ef or a rerank factor beyond one that already covers every
     row, and rerank factors of an index that stores the vectors themselves.
@@ -142,15 +159,15 @@ def operating_points(spec: IndexSpec, rows_per_shard: int, rerank: bool) -> list
     factors = RERANK_GRID if rerank and spec.codec is not Codec.NONE else RERANK_GRID[:1]
     kept_factors = _until_covering(factors, rows_per_shard / MEASURED_K)
     grid = [_with_factor(knob, factor) for knob, factor in product(_knobs(spec, rows_per_shard), kept_factors)]
-    return sorted(grid, key=lambda point: _rows_compared(spec, point, rows_per_shard))
+    grid += [tuned] if tuned and tuned not in grid else []
+    return sorted(grid, key=lambda point: _cost_ns(spec, point, rows_per_shard))
 
 
 def choose_operating_point(measured: Sequence[MeasuredPoint], recall: float) -> MeasuredPoint:
     """The first point that reaches the recall, else the one with the highest recall (then the first).
 
     Points come cheapest first, by the rows they compare: latencies are measured and reported, but vary too much from
-    run to run to
-    decide what a version is searched with.
+    run to run to decide what a version is searched with.
     """
     if not measured:
         raise ValueError("measured points (none) must hold at least one to choose from")
@@ -261,15 +278,20 @@ def _with_factor(knobs: SearchParameters, factor: int) -> SearchParameters:
     return SearchParameters(knobs.ef_search, knobs.nprobe, factor)
 
 
-def _rows_compared(spec: IndexSpec, point: SearchParameters, rows_per_shard: int) -> float:
-    """Rows that a query is compared with, the unit of cost that orders the grid."""
-    reranked = RERANK_ROW_COST * MEASURED_K * point.rerank_factor
+def _cost_ns(spec: IndexSpec, point: SearchParameters, rows_per_shard: int) -> float:
+    """The cost of a query, which orders the grid."""
+    scanned = ROW_COST_NS[spec.codec] * _rows_scanned(spec, point, rows_per_shard)
+    return scanned + RERANKED_ROW_COST_NS * MEASURED_K * point.rerank_factor
+
+
+def _rows_scanned(spec: IndexSpec, point: SearchParameters, rows_per_shard: int) -> float:
+    """Rows whose codes a query is compared with."""
     match spec.family:
         case Family.FLAT:
-            return rows_per_shard + reranked
+            return rows_per_shard
         case Family.HNSW:
-            return HNSW_ROWS_PER_EF * (point.ef_search or 0) + reranked
+            return HNSW_ROWS_PER_EF * (point.ef_search or 0)
         case Family.IVF:
-            return rows_per_shard * (point.nprobe or 0) / nlist_of(spec) + reranked
+            return rows_per_shard * (point.nprobe or 0) / nlist_of(spec)
         case _:
             assert_never(spec.family)

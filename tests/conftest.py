@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import pytest
+from hypothesis import settings
 
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.s3_store import S3Store
@@ -22,6 +23,10 @@ from penstock.cluster.storage import Store
 
 SERVER = Path(__file__).parent / "cluster" / "s3_server.py"
 RACERS = 8
+
+# A busy machine is no defect of what is tested: examples have no time limit.
+settings.register_profile("penstock", deadline=None)
+settings.load_profile("penstock")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from penstock.operators.indexing import (
     IndexSpec,
     Metric,
     ShardBuilder,
+    codecs_of,
     factory_string,
     open_index,
     train_index,
@@ -49,7 +50,8 @@ def _batches(rows: int, order: np.ndarray | None = None) -> Iterator[tuple[pa.Ar
 
 
 def _spec(family: Family, codec: Codec, nlist: int = 16) -> IndexSpec:
-    factory = factory_string(family, codec, DIMENSION, hnsw_m=16, nlist=nlist, rabitq_bits=4)
+    pq_bytes = 8 if codec is Codec.PQFS else None
+    factory = factory_string(family, codec, DIMENSION, hnsw_m=16, nlist=nlist, rabitq_bits=4, pq_bytes=pq_bytes)
     return IndexSpec(family, codec, Metric.COSINE, DIMENSION, factory, training_rows=ROWS, seed=7)
 
 
@@ -136,7 +138,9 @@ def test_recall_is_over_the_true_neighbours_there_are() -> None:
     assert recall_at_k(np.array([[None, None]], dtype=object), truth, 2).tolist() == [0.0]
 
 
-@pytest.mark.parametrize(("family", "codec"), [(family, codec) for family in Family for codec in Codec])
+@pytest.mark.parametrize(
+    ("family", "codec"), [(family, codec) for family in Family for codec in codecs_of(family, Metric.COSINE)]
+)
 def test_the_best_operating_point_reaches_the_recall_that_exactness_implies(
     family: Family, codec: Codec, tmp_path: Path
 ) -> None:
@@ -153,9 +157,10 @@ def test_the_best_operating_point_reaches_the_recall_that_exactness_implies(
         measured.append(MeasuredPoint(point, recall, latency_ms=len(measured)))
     best = choose_operating_point(measured, 1.0).recall
     # Flat and IVF compare all rows: exact vectors give 1, and so do codes whose error is far below the gap between the
-    # 10th and the 320th neighbour (SQ8, 4-bit RaBitQ), as 320 candidates are compared exactly. PQ at one bit per
-    # dimension errs by about that gap, so it keeps most. A pruned HNSW graph may cut off single rows.
-    bound = 0.8 if codec is Codec.PQ else 0.99 if family is Family.HNSW else 1.0
+    # 10th and the 320th neighbour (scalar codes, 4-bit RaBitQ), as 320 candidates are compared exactly. PQ at one bit
+    # per dimension, two in parts of 4 bits, errs by about that gap, so it keeps most. A pruned HNSW graph may cut off
+    # single rows.
+    bound = 0.8 if codec in (Codec.PQ, Codec.PQFS) else 0.99 if family is Family.HNSW else 1.0
     assert best >= bound
     by_knobs: dict[tuple[int | None, int | None], list[float]] = {}
     for point in measured:
@@ -218,6 +223,13 @@ def test_operating_points_come_cheapest_first_and_without_repeats() -> None:
         2,
         4,
     ]
+
+
+def test_rows_are_as_cheap_as_their_codec() -> None:
+    everything, reranked = SearchParameters(nprobe=16), SearchParameters(nprobe=1, rerank_factor=4)
+    for codec, scan_comes_first in [(Codec.PQFS, True), (Codec.SQ8, False)]:
+        points = operating_points(_spec(Family.IVF, codec), 10_000, rerank=True)
+        assert (points.index(everything) < points.index(reranked)) == scan_comes_first
 
 
 def test_the_cheapest_sufficient_operating_point_is_chosen() -> None:

@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import faiss
@@ -12,12 +13,13 @@ from penstock.operators.indexing import (
     IndexSpec,
     Metric,
     ShardBuilder,
+    codecs_of,
     factory_string,
     open_index,
     train_index,
 )
+from penstock.operators.ranking import exact_similarities
 from penstock.operators.searching import (
-    STORED_BATCH_ROWS,
     Hits,
     SearchParameters,
     ShardSearcher,
@@ -28,10 +30,12 @@ from penstock.operators.searching import (
     normalize,
     open_vectors,
 )
+from penstock.operators.vector_codecs import VectorCodec, is_lvq
+from penstock.operators.vector_store import ArrayVectors
 
 DIMENSION = 32
 ROWS = 2000
-VARIANTS = [(family, codec) for family in Family for codec in Codec]
+VARIANTS = [(family, codec) for family in Family for codec in codecs_of(family, Metric.COSINE)]
 PLAIN = SearchParameters()
 VECTORS = normalize(np.random.default_rng(3).standard_normal((ROWS, DIMENSION)))
 QUERIES = normalize(np.random.default_rng(4).standard_normal((40, DIMENSION)))
@@ -64,6 +68,26 @@ def _brute_force(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     near = queries.astype(np.float64) @ VECTORS.astype(np.float64).T
     best = np.argsort(-near, axis=1)[:, :k]
     return IDS[best], np.take_along_axis(near, best, axis=1)
+
+
+def _brute_force_hits(allowed: np.ndarray, k: int) -> Hits:
+    """The k most similar allowed rows: every pair multiplied, and sorted by similarity and id."""
+    rows = np.flatnonzero(allowed)
+    near = exact_similarities(QUERIES, np.tile(rows, (len(QUERIES), 1)), ArrayVectors(VECTORS))
+    best = np.array([np.lexsort((IDS[rows], -products))[:k] for products in near])
+    missing = ((0, 0), (0, k - best.shape[1]))
+    return Hits(
+        np.pad(IDS[rows][best], missing, constant_values=None),
+        np.pad(np.take_along_axis(near, best, axis=1), missing, constant_values=np.nan),
+        np.pad(np.zeros(best.shape, np.int32), missing, constant_values=-1),
+        np.pad(rows[best], missing, constant_values=-1),
+    )
+
+
+def _mask(share: float) -> np.ndarray:
+    """Allowed rows: a uniform share of all, at least one unless the share is 0."""
+    order = np.random.default_rng(11).permutation(ROWS)
+    return order < np.ceil(share * ROWS)
 
 
 def _equal(one: Hits, other: Hits) -> bool:
@@ -99,7 +123,8 @@ def test_re_ranking_every_row_is_exact(family: Family, codec: Codec, tmp_path: P
     else:
         assert np.array_equal(hits.ids, ids)
     found = VECTORS[hits.rows.ravel()]
-    assert np.array_equal(hits.similarities.ravel(), exact_inner_products(np.repeat(QUERIES, 10, axis=0), found))
+    products = exact_inner_products(np.repeat(QUERIES, 10, axis=0).astype(np.float64), found.astype(np.float64))
+    assert np.allclose(hits.similarities.ravel(), products, atol=1e-6)
 
 
 @pytest.mark.parametrize(("family", "codec"), VARIANTS)
@@ -109,15 +134,15 @@ def test_similarities_without_stored_vectors_estimate_the_true_ones(
     searcher = _searcher(tmp_path, family, codec)
     hits = searcher.search(VECTORS[:50], 3, PLAIN)
     true = np.einsum("qd,qkd->qk", VECTORS[:50], VECTORS[hits.rows])
-    # SQ8 moves each component by up to half a step. One bit per dimension, RaBitQ's as PQ's, errs by about
+    # Scalar quantizers move each component by up to half a step. One bit per dimension, RaBitQ's as PQ's, errs by about
     # 1 / sqrt(d) = 0.18, five times which leaves room for the upper tail of 2,000 rows that a top 3 is drawn from.
-    steps = np.ptp(VECTORS, axis=0).max() / 255
-    bound = {
-        Codec.NONE: 1e-6,
-        Codec.SQ8: steps / 2 * DIMENSION**0.5,
-        Codec.PQ: 5 / DIMENSION**0.5,
-        Codec.RABITQ: 5 / DIMENSION**0.5,
-    }[codec]
+    steps = {Codec.FP16: 2**11, Codec.SQ8: 255, Codec.SQ6: 63, Codec.SQ4: 15}
+    if codec is Codec.NONE:
+        bound = 1e-6
+    elif codec in steps:
+        bound = np.ptp(VECTORS, axis=0).max() / steps[codec] / 2 * DIMENSION**0.5
+    else:
+        bound = 5 / DIMENSION**0.5
     assert np.nanmax(np.abs(hits.similarities - true)) < bound
     assert np.all(np.diff(hits.similarities, axis=1) <= 0)
 
@@ -212,66 +237,88 @@ def test_inner_product_ranks_by_length_too(tmp_path: Path) -> None:
     assert np.array_equal(hits.ids, IDS[np.argsort(-near, axis=1)[:, :3]])
 
 
-def test_chunked_ids_and_pieces_of_vectors_are_looked_up_by_row(tmp_path: Path) -> None:
+def test_chunked_ids_are_looked_up_by_row(tmp_path: Path) -> None:
     whole = _searcher(tmp_path, stored=VECTORS)
     index = open_index(tmp_path / "shard-0-flat-none.faiss")
     ids = pa.chunked_array([pa.array(part, pa.string()) for part in np.split(IDS, [1, 1, 900])])
-    stored = StoredVectors(np.split(VECTORS, [13, 13, 1999]), DIMENSION)
-    pieces = ShardSearcher(index, ids, stored, Metric.COSINE, 0)
+    pieces = ShardSearcher(index, ids, VECTORS, Metric.COSINE, 0)
     assert _equal(pieces.search(QUERIES, 7, PLAIN), whole.search(QUERIES, 7, PLAIN))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_vectors_round_trip_memory_mapped(dtype: type[np.floating], tmp_path: Path) -> None:
-    vectors = np.random.default_rng(5).standard_normal((STORED_BATCH_ROWS + 700, 8)).astype(np.float32)
-    for name, batch_rows in [("one", len(vectors)), ("other", 999)]:
-        with VectorWriter(tmp_path / name, 8, dtype) as writer:
-            for first in range(0, len(vectors), batch_rows):
-                writer.add(vectors[first : first + batch_rows])
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
-    allocated_bytes = pa.total_allocated_bytes()
-    stored = open_vectors(tmp_path / "one")
-    assert pa.total_allocated_bytes() == allocated_bytes
-    rows = np.array([len(vectors) - 1, 0, STORED_BATCH_ROWS, STORED_BATCH_ROWS - 1, 0])
-    assert np.array_equal(stored.take(rows), vectors.astype(dtype)[rows].astype(np.float32))
-    assert [len(batch) for batch in stored.batches()] == [STORED_BATCH_ROWS, 700]
-    assert (len(stored), stored.dimension) == (len(vectors), 8)
+@pytest.mark.parametrize(("family", "codec"), VARIANTS)
+def test_a_search_of_allowed_rows_is_exact_where_it_compares_them_all(
+    family: Family, codec: Codec, tmp_path: Path
+) -> None:
+    searcher = _searcher(tmp_path, family, codec, stored=VECTORS)
+    knobs = {Family.HNSW: SearchParameters(ef_search=ROWS), Family.IVF: SearchParameters(nprobe=16)}.get(family, PLAIN)
+    point = SearchParameters(knobs.ef_search, knobs.nprobe, ROWS // 10)
+    for share in (0.0005, 0.01, 0.2, 0.95, 1.0):
+        allowed = _mask(share)
+        assert _equal(searcher.search(QUERIES, 10, point, allowed), _brute_force_hits(allowed, 10))
 
 
-def test_an_empty_vector_file_keeps_its_dimension(tmp_path: Path) -> None:
-    with VectorWriter(tmp_path / "empty", 8, np.float16):
-        pass
-    stored = open_vectors(tmp_path / "empty")
-    assert (len(stored), stored.dimension, stored.take(np.array([], np.int64)).shape) == (0, 8, (0, 8))
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(("family", "codec"), VARIANTS)
+def test_no_query_gets_fewer_hits_than_allowed_rows(family: Family, codec: Codec, stored: bool, tmp_path: Path) -> None:
+    searcher = _searcher(tmp_path, family, codec, stored=VECTORS if stored else None)
+    knobs = {Family.HNSW: SearchParameters(ef_search=1), Family.IVF: SearchParameters(nprobe=1)}.get(family, PLAIN)
+    for share, k in product((0.0, 0.0005, 0.003, 0.3, 0.9), (1, 12, 500)):
+        allowed = _mask(share)
+        hits = searcher.search(QUERIES, k, knobs, allowed)
+        wanted = min(k, int(allowed.sum()))
+        assert ((hits.rows >= 0).sum(axis=1) == wanted).all()
+        assert allowed[hits.rows[:, :wanted]].all()
+        assert all(len(set(rows)) == wanted for rows in hits.rows[:, :wanted].tolist())
+        assert np.array_equal(hits.ids[:, :wanted], IDS[hits.rows[:, :wanted]])
 
 
-def test_damaged_or_foreign_vector_files_are_errors_that_name_them(tmp_path: Path) -> None:
-    path = tmp_path / "shard-0.vectors.arrow"
-    with VectorWriter(path, 8, np.float32) as writer:
-        writer.add(np.ones((100, 8), np.float32))
-    whole = path.read_bytes()
-    for size in (0, 5, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"vector file .*shard-0.vectors.arrow is damaged .*sha256"):
-            open_vectors(path)
-    table = pa.table({"vector": [1.0, 2.0]})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as foreign:
-        foreign.write_table(table)
-    with pytest.raises(ValueError, match="must hold one column vector of fixed size lists"):
-        open_vectors(path)
-    with pytest.raises(FileNotFoundError):
-        open_vectors(tmp_path / "absent")
+@pytest.mark.parametrize(("family", "codec"), VARIANTS)
+def test_recall_among_allowed_rows_is_that_among_all(family: Family, codec: Codec, tmp_path: Path) -> None:
+    searcher = _searcher(tmp_path, family, codec, stored=VECTORS)
+    knobs = {Family.HNSW: (24, None), Family.IVF: (None, 2)}.get(family, (None, None))
+    parameters = SearchParameters(*knobs, rerank_factor=8)
+    recalls = []
+    for share in (1.0, 0.9, 0.7, 0.4, 0.1):
+        allowed = _mask(share)
+        expected = _brute_force_hits(allowed, 10).ids
+        found = searcher.search(QUERIES, 10, parameters, allowed).ids
+        recalls.append(np.mean([len(set(one) & set(other)) / 10 for one, other in zip(found, expected, strict=True)]))
+    # 400 neighbours, of which nearly all at random: five standard deviations of a share.
+    spread = 5 * np.sqrt(recalls[0] * (1 - recalls[0]) / 400)
+    assert min(recalls) >= recalls[0] - spread
 
 
-def test_a_writer_left_by_an_exception_leaves_no_file_that_opens(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="vector 2 for .* is not finite as float16"),
-        VectorWriter(tmp_path / "half", 2, np.float16) as writer,
+def test_equal_rows_that_are_allowed_come_by_ascending_id(tmp_path: Path) -> None:
+    copies = np.repeat(VECTORS[:1], 300, axis=0)
+    searcher = _searcher(tmp_path, vectors=copies, stored=copies)
+    allowed = _mask(0.5)[:300]
+    assert searcher.search(VECTORS[:1], 9, PLAIN, allowed).ids[0].tolist() == sorted(IDS[:300][allowed])[:9]
+
+
+def test_allowed_rows_must_be_a_mask_of_the_shard(tmp_path: Path) -> None:
+    searcher = _searcher(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"allowed rows of shard 0 \(bool of shape \(5,\)\) must be bool, one for each of"
     ):
-        writer.add(np.zeros((1, 2), np.float32))
-        writer.add(np.array([[0, 1], [70_000, 0]], np.float32))
-    with pytest.raises(ValueError, match="is damaged"):
-        open_vectors(tmp_path / "half")
+        searcher.search(QUERIES, 3, PLAIN, np.ones(5, bool))
+    with pytest.raises(ValueError, match=r"allowed rows of shard 0 \(int64 of shape \(2000,\)\) must be bool"):
+        searcher.search(QUERIES, 3, PLAIN, np.arange(ROWS))
+
+
+@pytest.mark.parametrize("codec", VectorCodec)
+def test_stored_codecs_re_rank_as_what_they_decode_to(codec: VectorCodec, tmp_path: Path) -> None:
+    path = tmp_path / "vectors"
+    with VectorWriter(path, DIMENSION, codec, VECTORS.mean(axis=0) if is_lvq(codec) else None) as writer:
+        writer.add(VECTORS)
+    stored = open_vectors(path)
+    mapped = _searcher(tmp_path, Family.IVF, Codec.PQ, stored=stored)
+    decoded = _searcher(tmp_path, Family.IVF, Codec.PQ, stored=stored.take(np.arange(ROWS)))
+    point = SearchParameters(nprobe=16, rerank_factor=20)
+    assert _equal(mapped.search(QUERIES, 10, point), decoded.search(QUERIES, 10, point))
+    hits = mapped.search(QUERIES, 10, point)
+    errors = np.abs(hits.similarities - np.einsum("qd,qkd->qk", QUERIES, VECTORS[hits.rows]))
+    largest = np.abs(stored.take(np.arange(ROWS)) - VECTORS).max()
+    assert (errors <= largest * np.abs(QUERIES).sum(axis=1, keepdims=True) + 1e-6).all()
 
 
 def test_normalize() -> None:
@@ -314,5 +361,3 @@ def test_errors_name_value_rule_and_remedy(tmp_path: Path) -> None:
         ShardSearcher(faiss.IndexFlatL2(DIMENSION), pa.array([], pa.string()), None, Metric.INNER_PRODUCT, 4)
     with pytest.raises(ValueError, match="hits to merge answer"):
         merge_hits([searcher.search(QUERIES, 3, PLAIN), searcher.search(QUERIES[:2], 3, PLAIN)], 3)
-    with pytest.raises(ValueError, match=r"dtype \(float64\) of .* must be float16 or float32"):
-        VectorWriter(tmp_path / "double", 8, np.float64)
