@@ -5,6 +5,8 @@ PASSAGES = "passages"
 SELECTION = "selection"
 EMBEDDINGS = "embeddings"
 TRAINING = "training"
+CENTROIDS = "centroids"
+CELLS = "cells"
 SHARDS = "shards"
 EVALUATION = "evaluation"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,17 +72,20 @@ def train(task: TrainingTask) -> int:
 
 
 def _sample(task: TrainingTask) -> np.ndarray:
-    """`training_rows` of the stored vectors as float32 (n, d), all of them if there are fewer: a contiguous, seeded
-    range
-    of the hash space, so that the sample is uniform, bounded, the same for any cut into fragments, and little else is
-    read."""
-    store, wanted = connect(task.root), task.spec.training_rows
-    share = min(1.0, (wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(task.rows, 1))
+    store, spec = connect(task.root), task.spec
+    paths = [fragment_path(EMBEDDINGS, task.embeddings_fingerprint, fragment) for fragment in task.fragments]
+    return sample_vectors(store, paths, task.rows, spec.training_rows, spec.seed)
+
+
+def sample_vectors(store: Store, paths: Sequence[str], rows: int, wanted: int, seed: int) -> np.ndarray:
+    """`wanted` of the `rows` vectors in embeddings fragments as float32 (n, d), all of them if there are fewer: a
+    contiguous, seeded range of the hash space, in the order of hashes, so that the sample is uniform, bounded, the
+    same for any cut into fragments, and little else is read."""
+    share = min(1.0, (wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(rows, 1))
     parts: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
-    for first, last in hash_range(share, task.spec.seed):
-        for fragment in task.fragments:
-            path = fragment_path(EMBEDDINGS, task.embeddings_fingerprint, fragment)
+    for first, last in hash_range(share, seed):
+        for path in paths:
             table = read_hash_range(store, path, first, last, ["embedding"])
             parts.append(vectors_of(table.column("embedding")))
             hashes.append(table.column("row_hash").to_numpy())

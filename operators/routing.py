@@ -1,0 +1,184 @@
+"""Which shards a query needs where each owns whole cells of an IVF index, and how to add to and search given cells.
+
+All shards are built from one trained index, so that a cell means the same in each; cells of other shards are empty. A
+query's cells are found once, and each shard that owns any of them is searched in exactly these: together they give
+what one index with all rows gives, to the bit unless transforms are products of matrices, which round a row otherwise
+in another batch (similarities then differ by about 1e-7).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+
+from penstock.operators.clustering import centroids_of, nearest_cells
+from penstock.operators.indexing import FaissObject, core_index
+
+_faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Where q queries are answered.
+
+    Attributes:
+        vectors: float32 (q, d), the queries behind the transforms of the index.
+        cells: int64 (q, nprobe), the cells to search, nearest first; -1 in the place of those that are left out.
+        distances: float32 (q, nprobe), what faiss measured to their centroids.
+        shards: bool (q, S), the shards that own any of these cells.
+    """
+
+    vectors: np.ndarray
+    cells: np.ndarray
+    distances: np.ndarray
+    shards: np.ndarray
+
+    def mean_shards(self) -> float:
+        """Shards that a query touches, on average."""
+        return float(self.shards.sum(axis=1).mean())
+
+
+def route(
+    index: faiss.Index, queries: np.ndarray, nprobe: int, shard_of_cell: np.ndarray, coverage: float = 1.0
+) -> Routing:
+    """The cells and shards of queries, float32 (q, d).
+
+    With `coverage` below 1, a query leaves out the shards that matter least to it: its cells weigh 1 / rank, its shards
+    what their cells weigh together, and the heaviest shards are taken until they hold this share of the whole weight.
+    On 39,000 titles in 1,024 cells and 16 shards, recall@10 of 0.95 takes 50 cells in 6.5 shards with coverage 1, and
+    up to 100 cells in 3.4 shards with coverage 0.88 (8.2 % of the rows compared instead of 5.3 %).
+
+    Args:
+        index: the trained IVF index, or any shard built from it.
+        nprobe: cells to search for each query; all of them where there are fewer.
+        shard_of_cell: int32 (k,), the shards being 0..its largest.
+
+    Raises:
+        ValueError: nprobe below 1, coverage not in (0, 1], an index without cells, or another number of them.
+    """
+    core = _ivf(index)
+    if nprobe < 1:
+        raise ValueError(f"nprobe ({nprobe}) must be at least 1")
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage ({coverage}) must be above 0 and at most 1: 1 searches all probed cells")
+    if shard_of_cell.shape != (core.nlist,):
+        raise ValueError(
+            f"shard_of_cell (shape {shard_of_cell.shape}) must name a shard for each of {core.nlist} cells"
+        )
+    vectors = transformed(index, queries)
+    distances, cells = _quantizer(core).search(vectors, min(nprobe, core.nlist))
+    weights = _shard_weights(cells, shard_of_cell)
+    shards = weights > 0 if coverage == 1 else _heaviest(weights, coverage)
+    chosen = np.take_along_axis(shards, shard_of_cell[cells], axis=1)
+    return Routing(vectors, np.where(chosen, cells, -1), distances, shards)
+
+
+def search_cells(index: faiss.Index, routing: Routing, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows in the cells of a routing: float32 (q, k) as faiss measures them, and int64 (q, k) rows, -1
+    where there are none.
+
+    Args:
+        index: one shard.
+        queries: int64 (q,), which queries of the routing to answer: those routed to this shard.
+    """
+    core = _ivf(index)
+    vectors, cells, distances = (
+        np.ascontiguousarray(part[queries]) for part in (routing.vectors, routing.cells, routing.distances)
+    )
+    near, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    pointers = (faiss.swig_ptr(part) for part in (cells, distances, near, rows))
+    parameters = _faiss.SearchParametersIVF(nprobe=cells.shape[1])
+    core.search_preassigned_c(len(queries), faiss.swig_ptr(vectors), k, *pointers, False, parameters)
+    return near, rows
+
+
+def index_cells(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """The cell, int32 (n,), of each floating point (n, d) row in a trained IVF index."""
+    return nearest_cells(_quantizer(_ivf(index)), transformed(index, vectors))[0].astype(np.int32)
+
+
+def index_centroids(index: faiss.Index) -> np.ndarray:
+    """The centroids float32 (k, d) of the cells of a trained IVF index, behind its transforms."""
+    return centroids_of(_quantizer(_ivf(index)))
+
+
+def plant_centroids(index: faiss.Index, centroids: np.ndarray, sample: np.ndarray) -> None:
+    """Gives an untrained IVF index its centroids, so that index.train() leaves them as they are.
+
+    Transforms before the cells are trained on the sample, float32 (n, d), where they learn anything; centroids float32
+    (k, d) pass through them: exact where transforms are linear, as the mean of a cell then is.
+    """
+    core = _ivf(index)
+    if centroids.shape != (core.nlist, index.d):
+        raise ValueError(f"centroids (shape {centroids.shape}) must be {core.nlist} of {index.d} components")
+    quantizer = _quantizer(core)
+    vectors = np.ascontiguousarray(sample, np.float32)
+    for transform in _transforms(index):
+        if not transform.is_trained:
+            transform.train(vectors)
+        vectors, centroids = transform.apply(vectors), transform.apply(np.ascontiguousarray(centroids, np.float32))
+    quantizer.train(centroids)
+    quantizer.add(centroids)
+
+
+def add_to_cells(index: faiss.Index, vectors: np.ndarray, cells: np.ndarray) -> None:
+    """Adds floating point (n, d) rows to the cells (n,) that were found for them, without finding these again.
+
+    Fast-scan indexes find them again, as faiss 1.15 has no other way to fill them (its add_core corrupts memory there):
+    a row that is as near to two centroids as rounding can tell may then lie in the other one's cell.
+    """
+    core = _ivf(index)
+    if isinstance(core, _faiss.IndexIVFFastScan):
+        index.add(np.ascontiguousarray(vectors, np.float32))
+        return
+    rows = transformed(index, vectors)
+    places = np.ascontiguousarray(cells, np.int64)
+    core.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(places))
+    _faiss.downcast_index(index).ntotal = core.ntotal
+
+
+def transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """Floating point (n, d) rows behind the transforms of an index, float32."""
+    rows = np.ascontiguousarray(vectors, np.float32)
+    for transform in _transforms(index):
+        rows = transform.apply(rows)
+    return rows
+
+
+def _transforms(index: faiss.Index) -> list[FaissObject]:
+    outer = _faiss.downcast_index(index)
+    if not isinstance(outer, _faiss.IndexPreTransform):
+        return []
+    return [_faiss.downcast_VectorTransform(outer.chain.at(number)) for number in range(outer.chain.size())]
+
+
+def _ivf(index: faiss.Index) -> FaissObject:
+    core = core_index(index)
+    if not isinstance(core, faiss.IndexIVF):
+        raise ValueError(f"index ({type(core).__name__}) has no cells; cluster sharding needs family ivf")
+    return core
+
+
+def _quantizer(core: FaissObject) -> FaissObject:
+    quantizer = _faiss.downcast_index(core.quantizer)
+    _faiss.add_to_referenced_objects(quantizer, core)  # the C++ object dies with its owner
+    return quantizer
+
+
+def _shard_weights(cells: np.ndarray, shard_of_cell: np.ndarray) -> np.ndarray:
+    """float64 (q, S): the sum of 1 / rank over the cells of a query, int64 (q, nprobe), that a shard owns."""
+    weights = np.zeros((len(cells), int(shard_of_cell.max()) + 1))
+    query, place = np.nonzero(cells >= 0)
+    np.add.at(weights, (query, shard_of_cell[cells[query, place]]), 1 / (1 + place))
+    return weights
+
+
+def _heaviest(weights: np.ndarray, coverage: float) -> np.ndarray:
+    """bool (q, S): the fewest shards of each query whose weights make up the coverage."""
+    order = np.argsort(-weights, axis=1, kind="stable")
+    descending = np.take_along_axis(weights, order, axis=1)
+    heavier = np.cumsum(descending, axis=1) - descending
+    shards = np.zeros(weights.shape, bool)
+    np.put_along_axis(shards, order, heavier < coverage * weights.sum(axis=1, keepdims=True), axis=1)
+    return shards
