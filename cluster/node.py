@@ -13,6 +13,8 @@ from penstock.operators.models import ModelUnavailable, hash_tokenizer, resolve_
 from penstock.operators.tokenizing import TextTokenizer
 
 CACHE_VARIABLE = "PENSTOCK_CACHE"
+CACHE_LIMIT_VARIABLE = "PENSTOCK_CACHE_BYTES"
+DEFAULT_CACHE_BYTES = 20 * 2**30
 S3_PREFIX = "s3://"
 
 
@@ -22,6 +24,20 @@ def cache_folder() -> Path:
     if base:
         return Path(base)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+
+
+def cache_limit_bytes() -> int:
+    """What published files may take in the node's cache: PENSTOCK_CACHE_BYTES, or DEFAULT_CACHE_BYTES.
+
+    Raises:
+        ValueError: the variable is no positive number.
+    """
+    value = os.environ.get(CACHE_LIMIT_VARIABLE, str(DEFAULT_CACHE_BYTES))
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(
+            f"{CACHE_LIMIT_VARIABLE} ({value}) must be a number of bytes above 0; {DEFAULT_CACHE_BYTES} are 20 GiB"
+        )
+    return int(value)
 
 
 @functools.cache

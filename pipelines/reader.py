@@ -1,81 +1,80 @@
 """Read a published index: open a version by its alias, ask with texts or vectors, get ids, similarities and rows."""
 
+import logging
+import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from penstock.cluster.catalog import Catalog
-from penstock.cluster.jobs.shards import ShardRecord
-from penstock.cluster.node import model_folder
-from penstock.cluster.published import open_duplicates, open_rows, open_searcher
+from penstock.cluster.catalog import AliasEntry, Catalog
 from penstock.cluster.storage import Store, open_store
-from penstock.operators.encoder_worker import QUERY_BATCH_TOKENS, EncoderWorker
-from penstock.operators.encoding import Backend, Encoder, Precision
-from penstock.operators.indexing import Family, Metric
-from penstock.operators.searching import Hits, SearchParameters, ShardSearcher, merge_hits, normalize
-from penstock.pipelines.publishing import FORMAT, shards_of
+from penstock.operators.encoding import ModelMismatch
+from penstock.operators.filtering import conditions_of
+from penstock.operators.searching import SearchParameters
+from penstock.pipelines.opened import RETRY_PAUSE_S, Found, OpenVersion, Request
+from penstock.pipelines.query_encoder import QueryEncoder
+
+FOLLOW_EVERY_S = 10.0  # a look at an alias that has not moved is four small requests
+FEWEST_THREADS = 8  # on few cores too: threads that fetch shards wait for the store
+
+logger = logging.getLogger(__name__)
 
 
 class AliasUnknown(Exception):
     """No such index or alias under the root."""
 
 
-class CodeNotTrusted(Exception):
-    """The model of an index wants to run code that the reader did not agree to."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found for q queries, most similar first.
-
-    Attributes:
-        ids: object (q, k) of str, None where there are fewer than k rows.
-        similarities: float32 (q, k), NaN there.
-        rows: for each query a table of the found rows (id, similarity, document_id, start, end, text, kept columns),
-        if asked for.
-    """
-
-    ids: np.ndarray
-    similarities: np.ndarray
-    rows: list[pa.Table] | None = field(default=None, compare=False)
-
-
 class OpenIndex:
     """A published version, opened for searching; threads may share it.
 
-    Shards are opened, after their hashes were checked, at the first search; the model at the first search with texts.
+    Shards are fetched, verified and opened when a search first needs them; the model at the first search with texts.
+    A context manager: leaving it, or `close`, ends its threads.
+
+    Attributes:
+        follow_error: what kept it from the version that its alias names at the last look, if anything did.
     """
 
-    def __init__(self, store: Store, manifest: dict[str, Any], trust_remote_code: bool = False) -> None:
-        if manifest["format"] != FORMAT:
-            raise ValueError(
-                f"format of the version ({manifest['format']}) must be {FORMAT}; open it with another release"
-            )
-        self.manifest = manifest
-        self._store = store
-        self._trust_remote_code = trust_remote_code
-        self._folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
-        self._metric = Metric(manifest["metric"])
-        self._lock = threading.Lock()
+    def __init__(self, catalog: Catalog, alias: str, manifest: dict[str, Any], trust_remote_code: bool = False) -> None:
+        self._catalog, self._alias, self._trust_remote_code = catalog, alias, trust_remote_code
+        self._refreshing, self._changing = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
+        self._with_vectors = False
+        self.follow_error: Exception | None = None
+        encoder = QueryEncoder(manifest["model"], trust_remote_code)
+        pool = ThreadPoolExecutor(max(FEWEST_THREADS, os.cpu_count() or 1), "penstock-search")
+        self._version: OpenVersion | None = OpenVersion(catalog.store, manifest, encoder, pool)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the version that answers now."""
+        return self._present().manifest
 
     @property
     def version(self) -> str:
-        return str(self.manifest["version"])
+        """The version that answers now; `Found.version` is the one that answered."""
+        return self._present().version
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     @property
     def operating_point(self) -> SearchParameters:
         """The search parameters that were measured to reach the recall the pipeline file asks for."""
-        return SearchParameters.from_json(self.manifest["operating_point"]["parameters"])
+        return self._present().operating_point
 
     def search(
         self,
@@ -84,8 +83,10 @@ class OpenIndex:
         *,
         parameters: SearchParameters | None = None,
         rows: bool = False,
+        where: Mapping[str, object] | None = None,
+        degraded: bool = False,
     ) -> Found:
-        """The k most similar passages of each query, over all shards.
+        """The k most similar passages of each query, over all shards that it needs.
 
         Args:
             queries: texts, encoded with the model and query prompt that the manifest names; or vectors (q, d) of that
@@ -93,91 +94,124 @@ class OpenIndex:
             k: passages per query.
             parameters: search parameters instead of the default operating point.
             rows: also return the rows that were found.
+            where: only passages whose kept columns, or `document_id`, meet all of these conditions: column → a value, a
+            list of values, or {"min": value, "max": value} with one of the two or both.
+            degraded: answer without shards that cannot be opened, and say so in `Found.coverage`.
 
         Raises:
             ModelMismatch: the model at hand is not the one the index was made with.
-            DamagedFile: a file of the version is not what was published.
+            DamagedFile: a file of the version is not what was published; with `degraded`, this goes for every shard.
+            ValueError: a condition on an unknown column, or with a value of another type; vectors of another dimension.
         """
-        vectors = self._vectors(queries)
-        point = parameters or self.operating_point
-        with ThreadPoolExecutor(max(1, len(self._searchers))) as pool:
-            parts = list(pool.map(lambda searcher: searcher.search(vectors, k, point), self._searchers))
-        hits = merge_hits(parts, k)
-        return Found(hits.ids, hits.similarities, self._rows(hits) if rows else None)
+        # the reference keeps this version open until all is answered, wherever the alias goes
+        version = self._present(with_vectors=isinstance(queries, np.ndarray))
+        point = parameters or version.operating_point
+        return version.search(queries, Request(k, point, rows, conditions_of(where or {}), degraded))
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table:
         """The passages that those of `ids` stand for in the index: a table of id, document_id and represented_by."""
-        wanted = pa.array(list(ids), pa.string())
-        links = [open_duplicates(self._store, shard) for shard in self._shards]
-        return pa.concat_tables([table.filter(pc.is_in(table.column("represented_by"), wanted)) for table in links])
+        return self._present().duplicates(ids)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Query vectors float32 (q, d) of texts."""
-        with self._lock:
-            return self._encoder.encode(list(texts)).require()
+        return self._present(with_vectors=True).encoder.encode(texts)
 
-    @cached_property
-    def _shards(self) -> list[ShardRecord]:
-        return shards_of(self.manifest, self._folder)
+    def refresh(self) -> bool:
+        """Look the alias up, and change to its version once that is open; whether it was another one.
 
-    @cached_property
-    def _searchers(self) -> list[ShardSearcher]:
-        family = Family(self.manifest["faiss"]["family"])
-        return [open_searcher(self._store, shard, family, self._metric) for shard in self._shards]
+        What of the present version is in use is opened of the new one first. Searches under way end on the old one.
 
-    @cached_property
-    def _tables(self) -> list[pa.Table]:
-        return [open_rows(self._store, shard) for shard in self._shards]
+        Raises:
+            AliasUnknown: the alias points to no published version any more.
+            ModelMismatch: the new version has another vector space, and vectors of the old one are in use.
+            DamagedFile and others: the new version cannot be opened. In all these cases the present one stays.
+        """
+        with self._refreshing:
+            present = self._present()
+            entry = _entry_of(self._catalog, self._alias)
+            if entry.version != present.version:
+                self._change(present, self._opened(entry.version, present))
+            self.follow_error = None
+            return entry.version != present.version
 
-    @cached_property
-    def _encoder(self) -> EncoderWorker:
-        encoder = query_encoder(self.manifest["model"], self._trust_remote_code)
-        return EncoderWorker(replace(encoder, batch_tokens=QUERY_BATCH_TOKENS), model_folder(encoder.model))
+    def follow(self, every_s: float = FOLLOW_EVERY_S) -> None:
+        """Look the alias up in the background, as `refresh` does, until the index is closed or out of use.
 
-    def _vectors(self, queries: str | Sequence[str] | np.ndarray) -> np.ndarray:
-        if isinstance(queries, np.ndarray):
-            vectors = np.atleast_2d(queries).astype(np.float32)
-            if vectors.shape[1] != self.manifest["dimension"]:
-                raise ValueError(
-                    f"queries of {vectors.shape[1]} dimensions must have the index's {self.manifest['dimension']}; "
-                    f"encode them with {self.manifest['model']['reference']}"
+        What goes wrong is logged as a warning and kept in `follow_error`, and tried again after half a minute at least.
+        """
+        if every_s <= 0:
+            raise ValueError(f"every_s ({every_s}) must be above 0")
+        arguments = (weakref.ref(self), self._closed, every_s)
+        threading.Thread(target=_follow, args=arguments, name="penstock-follow", daemon=True).start()
+
+    def close(self) -> None:
+        """Let go of files and threads as soon as the searches under way are answered; later ones are refused."""
+        with self._changing:
+            self._closed.set()
+            self._version = None
+
+    def _present(self, with_vectors: bool = False) -> OpenVersion:
+        """The version that answers; says whether vectors in its space are at hand from now on."""
+        with self._changing:
+            if self._version is None:
+                raise ValueError(f"index ({self._catalog.index}) is closed; open it again")
+            self._with_vectors |= with_vectors
+            return self._version
+
+    def _opened(self, version: str, present: OpenVersion) -> OpenVersion:
+        """Another version, with what is in use of the present one."""
+        manifest = self._catalog.manifest(version)
+        same_model = manifest["model"] == present.manifest["model"]
+        encoder = present.encoder if same_model else QueryEncoder(manifest["model"], self._trust_remote_code)
+        new = OpenVersion(self._catalog.store, manifest, encoder, present.pool)
+        new.warm(present)
+        return new
+
+    def _change(self, present: OpenVersion, new: OpenVersion) -> None:
+        with self._changing:
+            if self._with_vectors:
+                _refuse_other_space(present, new)
+            if not self._closed.is_set():
+                self._version = new
+
+    def _look(self) -> bool:
+        """One look in the background; whether all is well."""
+        try:
+            self.refresh()
+        except Exception as error:  # whatever it is, the present version serves on, and somebody must be told
+            if str(error) != str(self.follow_error) and not self._closed.is_set():
+                logger.warning(
+                    "alias %s of index %s cannot be followed, the version opened before is kept: %s",
+                    self._alias,
+                    self._catalog.index,
+                    error,
                 )
-        else:
-            vectors = self.encode([queries] if isinstance(queries, str) else queries)
-        return normalize(vectors) if self._metric is Metric.COSINE else vectors
-
-    def _rows(self, hits: Hits) -> list[pa.Table]:
-        return [self._rows_of(hits, query) for query in range(len(hits.ids))]
-
-    def _rows_of(self, hits: Hits, query: int) -> pa.Table:
-        found = [place for place in range(hits.ids.shape[1]) if hits.shards[query, place] >= 0]
-        parts = [
-            self._tables[hits.shards[query, place]].slice(int(hits.rows[query, place]), 1).drop_columns(["passage_id"])
-            for place in found
-        ]
-        table = pa.concat_tables(parts) if parts else self._tables[0].slice(0, 0).drop_columns(["passage_id"])
-        ids = pa.array([hits.ids[query, place] for place in found], pa.string())
-        near = pa.array([float(hits.similarities[query, place]) for place in found], pa.float32())
-        return table.add_column(0, "id", ids).add_column(1, "similarity", near)
+            self.follow_error = error.with_traceback(None)  # whose frames hold on to files
+            return False
+        return True
 
 
-def open_index(root: str, alias: str, *, trust_remote_code: bool = False) -> OpenIndex:
+def open_index(
+    root: str, alias: str, *, trust_remote_code: bool = False, follow: bool = False, every_s: float = FOLLOW_EVERY_S
+) -> OpenIndex:
     """Open the version that an alias points to now.
 
     Args:
         root: where the pipeline keeps everything: a local folder or s3://bucket/prefix.
         alias: `alias`, or `index/alias` where several indexes under the root have that alias.
         trust_remote_code: run the Python code that the model's folder brings along, if the index was made with it.
+        follow: change to another version when the alias moves; see `OpenIndex.follow`.
+        every_s: seconds between looks at the alias.
 
     Raises:
         AliasUnknown: nothing by that name; the message lists what there is.
     """
-    store = open_store(root)
-    catalog, name = find_alias(store, alias)
-    entry = catalog.alias(name)
-    if entry is None:
-        raise AliasUnknown(f"alias ({alias}) points to no published version under {store.url}; run or promote first")
-    return OpenIndex(store, catalog.manifest(entry.version), trust_remote_code)
+    catalog, name = find_alias(open_store(root), alias)
+    manifest = catalog.manifest(_entry_of(catalog, name).version)
+    index = OpenIndex(catalog, name, manifest, trust_remote_code)
+    if follow:
+        index.follow(every_s)
+    return index
 
 
 def find_alias(store: Store, alias: str) -> tuple[Catalog, str]:
@@ -196,28 +230,32 @@ def find_alias(store: Store, alias: str) -> tuple[Catalog, str]:
     )
 
 
-def query_encoder(model: dict[str, Any], trust_remote_code: bool) -> Encoder:
-    """The encoder of queries that a manifest's `model` describes. Whoever wrote the manifest cannot make a reader run
-    code:
-    that takes the reader's own word."""
-    if model["trust_remote_code"] and not trust_remote_code:
-        raise CodeNotTrusted(
-            f"model ({model['reference']}) runs code of its own, which needs your word: open the index with "
-            "trust_remote_code=True (--trust-remote-code), or ask with vectors"
+def _entry_of(catalog: Catalog, alias: str) -> AliasEntry:
+    entry = catalog.alias(alias)
+    if entry is None:
+        raise AliasUnknown(
+            f"alias ({alias}) points to no published version under {catalog.store.url}; run or promote first"
         )
-    return Encoder(
-        model=model["reference"],
-        weights_hash=model["weights_sha256"],
-        tokenizer_hash=model["tokenizer_sha256"],
-        configuration_hash=model["configuration_sha256"],
-        max_tokens=model["max_tokens"],
-        special_tokens=model["special_tokens"],
-        dimension=model["dimension"],
-        prompt=model["query_prompt"],
-        normalize=model["normalize"],
-        precision=Precision(model["precision"]),
-        trust_remote_code=trust_remote_code,
-        layers=model.get("layers"),
-        backend=Backend(model.get("backend", Backend.TORCH)),
-        task="query",
-    )
+    return entry
+
+
+def _refuse_other_space(present: OpenVersion, new: OpenVersion) -> None:
+    """Vectors that were made for one model mean nothing to another."""
+    spaces = [version.manifest["model"]["space"] for version in (present, new)]
+    if spaces[0] != spaces[1]:
+        raise ModelMismatch(
+            f"version {new.version} of index {new.manifest['index']} must have the vector space of version "
+            f"{present.version} ({spaces[0][:16]}), as this reader is asked with vectors, got {spaces[1][:16]}; open "
+            f"the index again, and encode queries with {new.manifest['model']['reference']}"
+        )
+
+
+def _follow(index: weakref.ref[OpenIndex], closed: threading.Event, every_s: float) -> None:
+    """Looks until the index is closed or nobody has it any more."""
+    pause_s = every_s
+    while not closed.wait(pause_s):
+        present = index()
+        if present is None:
+            return
+        pause_s = every_s if present._look() else max(every_s, RETRY_PAUSE_S)
+        del present  # or it would live through the wait

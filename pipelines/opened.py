@@ -1,0 +1,289 @@
+"""One published version, opened for searching: each shard when it is first needed, by one thread, once."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.file_cache import DamagedFile
+from penstock.cluster.jobs.shards import ShardRecord
+from penstock.cluster.published import open_duplicates, open_rows, open_searcher
+from penstock.cluster.storage import StorageUnavailable, Store
+from penstock.operators.filtering import Condition, bind, matching_rows
+from penstock.operators.indexing import Family, Metric
+from penstock.operators.searching import Hits, SearchParameters, merge_hits, normalize
+from penstock.pipelines.publishing import FORMAT, shards_of
+from penstock.pipelines.query_encoder import QueryEncoder
+
+RETRY_PAUSE_S = 30.0  # a damaged shard is fetched again at most twice a minute
+CACHED_FILTERS = 8  # masks of a byte per row: 8 MB per million rows
+UNAVAILABLE = (DamagedFile, StorageUnavailable, OSError)  # what a degraded search answers without
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of what a search had to look through it did.
+
+    Attributes:
+        share: rows of the shards that were searched over rows of those that the queries need.
+        missing: numbers of the shards that could not be opened.
+    """
+
+    share: float = 1.0
+    missing: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found for q queries, most similar first.
+
+    Attributes:
+        ids: object (q, k) of str, None where there are fewer than k rows.
+        similarities: float32 (q, k), NaN there.
+        version: the version that answered, all of it.
+        coverage: what was searched; less than everything only where `degraded` was asked for.
+        rows: for each query a table of the found rows (id, similarity, document_id, start, end, text, kept columns),
+        if asked for.
+    """
+
+    ids: np.ndarray
+    similarities: np.ndarray
+    version: str
+    coverage: Coverage = field(default_factory=Coverage)
+    rows: list[pa.Table] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a version, besides the queries; see `OpenIndex.search`."""
+
+    k: int
+    parameters: SearchParameters
+    rows: bool
+    where: tuple[Condition, ...]
+    degraded: bool
+
+
+class Lazily(Generic[T]):
+    """A value that the first thread to need it makes, while the others wait."""
+
+    def __init__(self, what: str, make: Callable[[], T]) -> None:
+        self._what, self._make = what, make
+        self._lock = threading.Lock()
+        self._made: T | None = None
+        self._retry_s = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self._made is not None
+
+    def get(self) -> T:
+        """The value; raises what making it raises, and then tries again at the next call."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def attempt(self) -> T | None:
+        """The value, or None while it is unavailable: after a failure one call every RETRY_PAUSE_S tries again."""
+        if self._made is not None:
+            return self._made
+        if not self._lock.acquire(blocking=self._retry_s == 0.0):
+            return None  # somebody else is trying again, which can take minutes
+        try:
+            if self._made is None and time.monotonic() >= self._retry_s:
+                self._made = self._make()
+        except UNAVAILABLE as error:
+            self._retry_s = time.monotonic() + RETRY_PAUSE_S
+            logger.warning("%s cannot be opened, next try in %g s: %s", self._what, RETRY_PAUSE_S, error)
+        finally:
+            self._lock.release()
+        return self._made
+
+
+class ShardRows:
+    """The rows of a shard, and which of them the last few filters allow."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self._mask = lru_cache(CACHED_FILTERS)(partial(matching_rows, table))
+
+    def allowed(self, conditions: Sequence[Condition]) -> np.ndarray:
+        """bool (rows,): those that meet all conditions."""
+        return self._mask(bind(conditions, self.table.schema))
+
+
+class OpenShard:
+    """One shard of a version, and what of it is open."""
+
+    def __init__(self, store: Store, record: ShardRecord, family: Family, metric: Metric) -> None:
+        self.record = record
+        what = f"shard {record.shard} of {record.folder}"
+        self.searcher = Lazily(what, partial(open_searcher, store, record, family, metric))
+        self.rows = Lazily(what, lambda: ShardRows(open_rows(store, record)))
+        self.duplicates = Lazily(what, partial(open_duplicates, store, record))
+
+    def search(self, vectors: np.ndarray, request: Request) -> Hits | None:
+        """The hits of the queries (q, d); None where a degraded search has to do without this shard."""
+        searcher = opened(self.searcher, request.degraded)
+        rows = opened(self.rows, request.degraded) if request.where else None
+        if searcher is None or (request.where and rows is None):
+            return None
+        allowed = rows.allowed(request.where) if rows else None
+        return searcher.search(vectors, request.k, request.parameters, allowed)
+
+
+class OpenVersion:
+    """A published version, opened for searching; threads may share it.
+
+    Nothing is closed by hand: its files, memory and threads go with the last reference to it.
+
+    Args:
+        pool: searches the shards; the versions that follow each other share one.
+    """
+
+    def __init__(self, store: Store, manifest: dict[str, Any], encoder: QueryEncoder, pool: ThreadPoolExecutor) -> None:
+        if manifest["format"] != FORMAT:
+            raise ValueError(
+                f"format of the version ({manifest['format']}) must be {FORMAT}; open it with another release"
+            )
+        self.manifest, self.encoder, self.pool = manifest, encoder, pool
+        self._metric = Metric(manifest["metric"])
+        family = Family(manifest["faiss"]["family"])
+        folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
+        self.shards = {
+            record.shard: OpenShard(store, record, family, self._metric) for record in shards_of(manifest, folder)
+        }
+
+    @property
+    def version(self) -> str:
+        return str(self.manifest["version"])
+
+    @property
+    def operating_point(self) -> SearchParameters:
+        return SearchParameters.from_json(self.manifest["operating_point"]["parameters"])
+
+    def search(self, queries: str | Sequence[str] | np.ndarray, request: Request) -> Found:
+        """See `OpenIndex.search`."""
+        vectors = self._vectors(queries)
+        needed = self.shards_for(vectors)
+        parts = self._search_shards(vectors, needed, request)
+        hits, rows = self._merge(parts, request)
+        return Found(hits.ids, hits.similarities, self.version, self._coverage(needed, parts), rows)
+
+    def shards_for(self, queries: np.ndarray) -> np.ndarray:
+        """bool (q, shards): which of `shards`, in that order, each of the queries (q, d) needs: all of them."""
+        return np.ones((len(queries), len(self.shards)), dtype=bool)
+
+    def duplicates(self, ids: Sequence[str]) -> pa.Table:
+        """See `OpenIndex.duplicates`."""
+        wanted = pa.array(list(ids), pa.string())
+        links = [shard.duplicates.get() for shard in self.shards.values()]
+        return pa.concat_tables([table.filter(pc.is_in(table.column("represented_by"), wanted)) for table in links])
+
+    def warm(self, before: "OpenVersion") -> None:
+        """Open what of an earlier version was in use: the shards of the same numbers, or all; the model for texts."""
+        for number in self._counterparts(before, [shard.searcher.ready for shard in before.shards.values()]):
+            self.shards[number].searcher.get()
+        for number in self._counterparts(before, [shard.rows.ready for shard in before.shards.values()]):
+            self.shards[number].rows.get()
+        if before.encoder.loaded:
+            self.encoder.load()
+
+    def _counterparts(self, before: "OpenVersion", used: list[bool]) -> list[int]:
+        if all(used):
+            return list(self.shards)
+        return [number for number, in_use in zip(before.shards, used, strict=True) if in_use and number in self.shards]
+
+    def _vectors(self, queries: str | Sequence[str] | np.ndarray) -> np.ndarray:
+        if isinstance(queries, np.ndarray):
+            vectors = np.atleast_2d(queries).astype(np.float32)
+            if vectors.shape[1] != self.manifest["dimension"]:
+                raise ValueError(
+                    f"queries of {vectors.shape[1]} dimensions must have the index's {self.manifest['dimension']}; "
+                    f"encode them with {self.manifest['model']['reference']}"
+                )
+        else:
+            vectors = self.encoder.encode([queries] if isinstance(queries, str) else queries)
+        return normalize(vectors) if self._metric is Metric.COSINE else vectors
+
+    def _search_shards(self, vectors: np.ndarray, needed: np.ndarray, request: Request) -> dict[int, Hits]:
+        """Shard number → hits of all queries, but for shards that a degraded search has to do without."""
+
+        def search(number: int, queries: np.ndarray) -> Hits | None:
+            hits = self.shards[number].search(vectors[queries], request)
+            return None if hits is None else spread_hits(hits, queries, len(vectors))
+
+        asked = {number: np.flatnonzero(column) for number, column in zip(self.shards, needed.T, strict=True)}
+        asked = {number: queries for number, queries in asked.items() if len(queries) or len(vectors) == 0}
+        several = len(asked) > 1
+        answers = self.pool.map(search, asked, asked.values()) if several else [search(*one) for one in asked.items()]
+        return {number: hits for number, hits in zip(asked, answers, strict=True) if hits is not None}
+
+    def _merge(self, parts: dict[int, Hits], request: Request) -> tuple[Hits, list[pa.Table] | None]:
+        """The best hits of all shards, and their rows if asked for; drops from `parts` shards whose rows are lost."""
+        while parts:
+            hits = merge_hits(list(parts.values()), request.k)
+            if not request.rows:
+                return hits, None
+            numbers = np.unique(hits.shards[hits.shards >= 0]).tolist() or list(parts)[:1]
+            tables = {number: opened(self.shards[number].rows, request.degraded) for number in numbers}
+            found = {number: rows.table for number, rows in tables.items() if rows is not None}
+            if len(found) == len(tables):
+                return hits, [_rows_of(hits, query, found) for query in range(len(hits.ids))]
+            for number in tables.keys() - found.keys():
+                del parts[number]
+        raise DamagedFile(
+            f"version ({self.version}): a degraded search needs one shard at least, got none that can be opened; "
+            "the log says why"
+        )
+
+    def _coverage(self, needed: np.ndarray, parts: dict[int, Hits]) -> Coverage:
+        rows = np.array([shard.record.rows for shard in self.shards.values()])
+        searched = np.array([number in parts for number in self.shards])
+        missing = [number for number, lost in zip(self.shards, needed.any(axis=0) & ~searched, strict=True) if lost]
+        whole, part = int((needed @ rows).sum()), int((needed @ (rows * searched)).sum())
+        return Coverage(part / whole if whole else 1.0, tuple(missing))
+
+
+def opened(lazily: Lazily[T], degraded: bool) -> T | None:
+    """What is opened at first use; None where it is unavailable and a degraded search goes on without."""
+    return lazily.attempt() if degraded else lazily.get()
+
+
+def spread_hits(hits: Hits, queries: np.ndarray, count: int) -> Hits:
+    """The hits of some queries, given by their places among `count`, as hits of all; the others have none."""
+    if len(queries) == count:
+        return hits
+
+    def spread(values: np.ndarray, none: object) -> np.ndarray:
+        whole = np.full((count, values.shape[1]), none, values.dtype)
+        whole[queries] = values
+        return whole
+
+    return Hits(
+        spread(hits.ids, None), spread(hits.similarities, np.nan), spread(hits.shards, -1), spread(hits.rows, -1)
+    )
+
+
+def _rows_of(hits: Hits, query: int, tables: dict[int, pa.Table]) -> pa.Table:
+    """The found rows of one query, most similar first."""
+    found = hits.shards[query] >= 0
+    places = zip(hits.shards[query, found].tolist(), hits.rows[query, found].tolist(), strict=True)
+    parts = [tables[shard].slice(row, 1) for shard, row in places]
+    table = pa.concat_tables(parts) if parts else next(iter(tables.values())).slice(0, 0)
+    ids = pa.array(hits.ids[query, found], pa.string())
+    near = pa.array(hits.similarities[query, found], pa.float32())
+    return table.drop_columns(["passage_id"]).add_column(0, "id", ids).add_column(1, "similarity", near)
