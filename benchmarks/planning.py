@@ -39,6 +39,7 @@ from penstock.pipelines.planning import (
     Chain,
     FragmentFacts,
     Resolved,
+    embedded_of,
     evaluation_path,
     facts_path,
     facts_table,
@@ -110,7 +111,7 @@ def finish(pipeline: Pipeline) -> tuple[Resolved, Chain]:
     store = pipeline.store
     resolved = resolve(pipeline.config, pipeline.origin)
     facts = [_facts(fragment.fingerprint) for fragment in resolved.fragments]
-    chain = make_chain(resolved, facts)
+    chain = make_chain(resolved, embedded_of(resolved, facts))
     touch(store, passages_paths(resolved))
     write_fragment(store, facts_path(resolved.selection_fingerprint), facts_table(facts))
     touch(store, embeddings_paths(chain))

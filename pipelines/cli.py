@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,37 +11,46 @@ import pyarrow as pa
 import typer
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
+from penstock.cluster.file_cache import DamagedFile
 from penstock.cluster.jobs.embeddings import RowsLost
 from penstock.cluster.jobs.evaluation import QueriesInvalid
 from penstock.cluster.jobs.passages import SourceChanged
 from penstock.cluster.jobs.selection import DuplicateDocumentIds
 from penstock.cluster.jobs.training import DamagedTraining
 from penstock.cluster.leases import LeaseHeld, LeaseLost
-from penstock.cluster.published import DamagedFile
-from penstock.cluster.session import WorkFailed
+from penstock.cluster.session import Session, WorkFailed
 from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store, StoreUnsuitable, open_store
 from penstock.operators.agreement import VectorsDisagree
 from penstock.operators.encoder_process import EncoderCrashed
 from penstock.operators.encoder_worker import EncoderFails
 from penstock.operators.encoding import ModelMismatch, TextRefused
+from penstock.operators.filtering import parse_where
 from penstock.operators.models import ModelUnavailable
 from penstock.pipelines.cleanup import DEFAULT_GRACE_HOURS, GraceTooShort, collect_garbage
 from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.diffing import compare
 from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
 from penstock.pipelines.ledger import LedgerDisagrees
 from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.pipeline import Pipeline
+from penstock.pipelines.plots import tuning_svg
 from penstock.pipelines.progress import choose_reporter
-from penstock.pipelines.reader import AliasUnknown, CodeNotTrusted, find_alias, open_index
+from penstock.pipelines.query_encoder import CodeNotTrusted
+from penstock.pipelines.reader import AliasUnknown, find_alias, open_index
 from penstock.pipelines.reporting import (
     answer_rows,
     answers_view,
+    coverage_text,
+    difference_view,
     plan_summary,
     plan_table,
     print_view,
     records_table,
     report_view,
+    tuning_view,
+    with_duplicates,
 )
+from penstock.pipelines.tuning import unmet
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -141,21 +151,58 @@ def plan(file: File, set_: Overrides = None, json_: AsJson = False) -> None:
 
 
 @app.command()
+def tune(
+    file: File,
+    set_: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw queries per second over bytes into this SVG file.")] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Measure every configuration on the full sample.")
+    ] = False,
+    json_: AsJson = False,
+) -> None:
+    """Measure index configurations on the corpus and show which keep the budget; the next run builds the chosen one."""
+    record = Pipeline.load(file, set_ or ()).tune(choose_reporter(json_), exhaustive)
+    if plot is not None and record.get("trials"):
+        plot.write_text(tuning_svg(record))
+    _output(json_, {"event": "tuning", **record}, lambda: print_view(tuning_view(record)))
+    if not record["met"]:
+        sys.stderr.write(f"{unmet(record)}\n")
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
 def search(
     alias: AliasName,
     texts: Annotated[list[str], typer.Argument(help="What to look for; several texts are several queries.")],
     root: Root,
     k: Annotated[int, typer.Option(min=1, help="Answers for each query.")] = 5,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only rows that meet this: column=value, column=a,b (one of them), column>=value, column<=value. "
+            "May be repeated."
+        ),
+    ] = None,
+    degraded: Annotated[bool, typer.Option("--degraded", help="Answer without shards that are damaged.")] = False,
+    duplicates: Annotated[
+        bool, typer.Option("--with-duplicates", help="Name the passages with the same text as an answer.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Search the version that an alias points to."""
-    index = open_index(root, alias, trust_remote_code=trust_remote_code)
-    found = index.search(texts, k, rows=True)
-    tables = found.rows or []
+    with open_index(root, alias, trust_remote_code=trust_remote_code) as index:
+        found = index.search(texts, k, rows=True, where=parse_where(where or ()), degraded=degraded)
+        tables = found.rows or []
+        if duplicates:
+            links = index.duplicates([name for name in found.ids.ravel() if name is not None])
+            tables = [with_duplicates(table, links) for table in tables]
+    if found.coverage.missing:
+        sys.stderr.write(f"warning: {coverage_text(found.coverage)}\n")
     if json_:
         answers = [{"query": text, "answers": answer_rows(rows)} for text, rows in zip(texts, tables, strict=True)]
-        typer.echo(json.dumps({"version": index.version, "results": answers}, ensure_ascii=False, default=str))
+        record = {"version": found.version, "coverage": asdict(found.coverage), "results": answers}
+        typer.echo(json.dumps(record, ensure_ascii=False, default=str))
         return
     for text, rows in zip(texts, tables, strict=True):
         print_view(answers_view(text, rows))
@@ -172,6 +219,26 @@ def versions(
     ]
     columns = ["index", "version", "aliases", "rows", "recall", "bytes_per_vector", "gate"]
     _output(json_, records, lambda: print_view(records_table(records, columns)))
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="A version.", show_default=False)],
+    new: Annotated[str, typer.Argument(help="A later version of the same index.", show_default=False)],
+    root: Root,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Compare two versions: documents, answers to the same queries, size, recall and latency."""
+    store = open_store(root)
+    catalog, _ = _catalog_of_version(store, "", old)
+    if not catalog.has_manifest(new):
+        raise AliasUnknown(
+            f"version ({new}) must be one of index {catalog.index}, as {old} is; see `penstock versions --root {root}`"
+        )
+    with Session() as session:
+        found = compare(store, catalog, old, new, session, choose_reporter(json_), trust_remote_code)
+    _output(json_, {"event": "diff", **found.to_json()}, lambda: print_view(difference_view(found)))
 
 
 @app.command()

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend, Precision
-from penstock.operators.indexing import Codec, Family, Metric
+from penstock.operators.indexing import OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -178,14 +178,36 @@ class Deduplicate(Section):
     type: Literal["exact", "none"] = "exact"
 
 
+# The family or codecs that an option of the index belongs to.
+OPTION_OWNERS: dict[str, tuple[str, ...]] = {
+    "hnsw_m": (Family.HNSW,),
+    "ef_construction": (Family.HNSW,),
+    "nlist": (Family.IVF,),
+    "pq_bytes": OPQ_CODECS,
+    "opq": OPQ_CODECS,
+    "rabitq_bits": ROTATED_CODECS,
+}
+
+
 class Index(Section):
     """The approximate nearest neighbour index."""
 
-    family: Family = Family.HNSW
+    family: Family | Literal["auto"] = Field(
+        "auto", description="auto: family, codec and re-ranking are chosen by measurement, within what is asked below."
+    )
     codec: Codec = Codec.NONE
     metric: Metric | None = Field(None, description="Without it, the model's own similarity.")
     shards: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
     recall: Share = Field(0.95, description="Recall that the default operating point must reach.")
+    bytes_per_vector: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Index bytes per vector, at most; vectors stored for re-ranking do not count (family auto)."
+    )
+    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GiB that the index files of all shards together may have (family auto)."
+    )
+    latency_ms: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Milliseconds of one query in one shard on one thread, at most (family auto)."
+    )
     rerank: Switch = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")
     hnsw_m: Annotated[int, Field(strict=True, ge=2, le=512)] | None = Field(
         None, description="Links per vertex (family hnsw); default 32."
@@ -194,36 +216,55 @@ class Index(Section):
     nlist: Count | None = Field(
         None, description="Cells (family ivf); default about 4 times the root of a shard's rows."
     )
-    pq_bytes: Count | None = Field(None, description="Bytes per vector (codec pq); a divisor of the dimension.")
+    pq_bytes: Count | None = Field(
+        None, description="Bytes per vector (codecs pq and pqfs); a divisor of the dimension, of its half for pqfs."
+    )
+    opq: Switch = Field(False, description="Rotate such that the codes err least (codecs pq and pqfs).")
     rabitq_bits: Annotated[int, Field(strict=True, ge=1, le=8)] | None = Field(
-        None, description="Bits per component (codec rabitq); default 4."
+        None, description="Bits per component (codecs rabitq and rabitqfs); default 4."
+    )
+    factory: Text | None = Field(
+        None, description="A faiss factory string, instead of family, codec and their options."
     )
     training_rows: Count = Field(262_144, description="Vectors in the training sample, at most.")
     seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] = 20_260_101
 
     @model_validator(mode="after")
+    def _one_way_to_say_which_index(self) -> Self:
+        """A factory string, a family with its options, or a budget."""
+        budget = [name for name in ("bytes_per_vector", "memory_gib", "latency_ms") if getattr(self, name) is not None]
+        options = [name for name in ("codec", *OPTION_OWNERS) if name in self.model_fields_set]
+        if self.factory is not None:
+            given = ["family"] * (self.family != "auto") + options + budget
+            rule = "follows from factory; leave it or factory out"
+        elif self.family == "auto":
+            given = options + ["rerank"] * ("rerank" in self.model_fields_set)
+            rule = "is chosen by family auto; name a family, or leave it out"
+        else:
+            given, rule = (
+                budget,
+                f"is what family auto chooses by, but family is {self.family}; leave one of the two out",
+            )
+        if given:
+            raise ValueError(f"{given[0]} ({getattr(self, given[0])}) {rule}")
+        return self
+
+    @model_validator(mode="after")
     def _options_fit_family_and_codec(self) -> Self:
-        owners = {
-            "hnsw_m": "hnsw",
-            "ef_construction": "hnsw",
-            "nlist": "ivf",
-            "pq_bytes": "pq",
-            "rabitq_bits": "rabitq",
-        }
-        for option, owner in owners.items():
-            if getattr(self, option) is not None and owner not in (self.family.value, self.codec.value):
+        if self.family == "auto":
+            return self
+        for option, owners in OPTION_OWNERS.items():
+            value = getattr(self, option)
+            if value not in (None, False) and not {self.family, self.codec} & set(owners):
                 raise ValueError(
-                    f"{option} ({getattr(self, option)}) belongs to {owner}, but family is {self.family.value} "
-                    f"and codec is {self.codec.value}; leave it out"
+                    f"{option} ({value}) belongs to {' and '.join(owners)}, but family is {self.family} "
+                    f"and codec is {self.codec}; leave it out"
                 )
-        if (
-            self.metric is Metric.INNER_PRODUCT
-            and self.family is Family.HNSW
-            and self.codec in (Codec.PQ, Codec.RABITQ)
-        ):
+        known = codecs_of(self.family, self.metric or Metric.COSINE)
+        if self.codec not in known:
             raise ValueError(
-                f"codec ({self.codec.value}) with family hnsw is only built for metric cosine; "
-                "choose family ivf, codec sq8 or none"
+                f"codec ({self.codec}) is not built with family {self.family} for metric "
+                f"{self.metric or Metric.COSINE}; choose family ivf, or one of {', '.join(known)}"
             )
         return self
 
@@ -249,6 +290,9 @@ class Gate(Section):
     """What a version must reach before an alias may point to it."""
 
     recall: Share | None = Field(None, description="Recall at evaluate.k; without it, index.recall.")
+    shard_recall: Share | None = Field(
+        None, description="Recall of the neighbours that lie in it which each shard must reach; default recall - 0.05."
+    )
     ndcg: Share | None = None
     mrr: Share | None = None
     coverage: Share = Field(1.0, description="Indexed passages as a share of those that should be.")

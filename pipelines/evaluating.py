@@ -31,8 +31,10 @@ from penstock.operators.evaluation import (
     operating_points,
     recall_at_k,
 )
+from penstock.operators.identity import row_hashes
 from penstock.operators.searching import Hits, SearchParameters, merge_hits
-from penstock.pipelines.planning import Chain, Resolved, split_path
+from penstock.operators.sharding import shard_of
+from penstock.pipelines.planning import Chain, Resolved, chosen_family, split_path
 from penstock.pipelines.progress import Advance
 
 # Operating points are compared on this many queries at most; the chosen one is then measured on all.
@@ -53,7 +55,9 @@ def evaluate(
     k = pipeline.evaluate.k
     queries = _queries(session, resolved, chain, root)
     truth = _truth(session, resolved, chain, root, queries, k + TIE_ROOM, advance)
-    points = operating_points(chain.spec, max(1, chain.rows // len(shards)), pipeline.index.rerank)
+    points = operating_points(
+        chain.spec, max(1, chain.rows // len(shards)), pipeline.index.rerank, resolved.tuned_point
+    )
     few = _first(queries, SWEEP_QUERIES)
     measured = _measure(session, resolved, shards, root, few, k, points, timed=True, advance=advance)
     exact_similarities = pipeline.index.rerank
@@ -70,6 +74,7 @@ def evaluate(
         "queries": len(queries.ids),
         "queries_from": pipeline.evaluate.queries if isinstance(pipeline.evaluate.queries, str) else "passages",
         "recall": _recall(found, truth, k, exact_similarities),
+        "shard_recall": _shard_recall(final, truth, k),
         "default": _point_json(chosen),
         "points": [_point_json(point) for point in table],
     }
@@ -119,10 +124,10 @@ def _measure(
     timed: bool,
     advance: Advance,
 ) -> list[Measured]:
-    index = resolved.pipeline.index
+    family = chosen_family(resolved)
     # One more than k: a query that is itself a passage finds itself first.
     tasks = [
-        MeasureTask(root, shard, index.family, resolved.metric, queries.vectors, k + 1, tuple(points), timed)
+        MeasureTask(root, shard, family, resolved.metric, queries.vectors, k + 1, tuple(points), timed)
         for shard in shards
     ]
     measured = []
@@ -158,6 +163,22 @@ def _recall(found: Hits, truth: Neighbours, k: int, exact_similarities: bool) ->
     first = Neighbours(truth.ids[:queries], truth.similarities[:queries])
     recall = recall_at_k(found.ids, first, k, found.similarities if exact_similarities else None)
     return 1.0 if np.isnan(recall).all() else float(np.nanmean(recall))
+
+
+def _shard_recall(measured: Sequence[Measured], truth: Neighbours, k: int) -> list[float | None]:
+    """For each shard, the share of the true neighbours that lie in it which it finds by itself; None where none does.
+
+    With one shard this is the recall, but that ties are not forgiven.
+    """
+    found = np.zeros(len(measured), np.int64)
+    lying = np.zeros(len(measured), np.int64)
+    for row, names in enumerate(truth.ids[:, :k]):
+        wanted = [name for name in names if name is not None]
+        owners = shard_of(row_hashes(wanted), len(measured))
+        for name, owner in zip(wanted, owners.tolist(), strict=True):
+            lying[owner] += 1
+            found[owner] += name in measured[owner].hits[0].ids[row, : k + 1]
+    return [round(float(hits / all_), 6) if all_ else None for hits, all_ in zip(found, lying, strict=True)]
 
 
 def _latency(measured: Sequence[Measured], point: int) -> float:

@@ -6,6 +6,9 @@ from typing import Any
 
 from penstock.pipelines.config import PipelineFile
 
+# A shard's recall is measured on its share of the neighbours alone, and so varies more than that of the index.
+SHARD_TOLERANCE = 0.05
+
 
 @dataclass(frozen=True)
 class Check:
@@ -35,7 +38,7 @@ def gate_checks(
     """The checks of a pipeline's gate on what was measured; none without a gate.
 
     Args:
-        evaluation: figures `recall` and, with judgements, `ndcg` and `mrr`.
+        evaluation: figures `recall`, `shard_recall` by shard and, with judgements, `ndcg` and `mrr`.
         coverage: indexed passages as a share of those that should be.
         dropped: dead letters as a share of documents.
         lost_files: source files that could not be used as a whole, whatever they hold.
@@ -46,6 +49,10 @@ def gate_checks(
     bound = gate.recall if gate.recall is not None else pipeline.index.recall
     k = pipeline.evaluate.k
     checks = [Check(f"recall@{k}", evaluation["recall"], bound)]
+    by_shard = [recall for recall in evaluation["shard_recall"] if recall is not None]
+    if len(by_shard) > 1:
+        least = gate.shard_recall if gate.shard_recall is not None else bound - SHARD_TOLERANCE
+        checks.append(Check(f"recall@{k} of the worst shard", min(by_shard), max(least, 0.0)))
     checks += [Check(f"ndcg@{k}", evaluation["ndcg"], gate.ndcg)] if gate.ndcg is not None else []
     checks += [Check(f"mrr@{k}", evaluation["mrr"], gate.mrr)] if gate.mrr is not None else []
     checks.append(Check("coverage", coverage, gate.coverage))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
@@ -14,7 +15,7 @@ from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.loading import Origin, load_pipeline, parse_pipeline
 from penstock.pipelines.planning import Plan, alias_head, make_plan, resolve
 from penstock.pipelines.progress import Reporter, SilentReporter
-from penstock.pipelines.running import Report, execute
+from penstock.pipelines.running import Report, execute, tune
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,20 @@ class Pipeline:
             return None
         with _stop_on_sigterm(), Session() as session:
             return execute(plan, self.origin, self.store, session, reporter or SilentReporter())
+
+    def tune(self, reporter: Reporter | None = None, exhaustive: bool = False) -> dict[str, Any]:
+        """Measure index configurations on this corpus, embedding first what is not embedded; the record of it all.
+
+        With `index.family: auto` the next run builds what was chosen. With `exhaustive`, every candidate is measured at
+        the full sample, which takes about ten times as long.
+
+        Raises:
+            As `run`.
+        """
+        store = self.store
+        plan = make_plan(resolve(self.config, self.origin), store, 0)
+        with _stop_on_sigterm(), Session() as session:
+            return tune(plan, self.origin, store, session, reporter or SilentReporter(), exhaustive)
 
 
 @contextmanager

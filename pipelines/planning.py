@@ -34,9 +34,21 @@ from penstock.operators.chunking import Chunker, PassageType
 from penstock.operators.documents import DocumentReader, SourceType
 from penstock.operators.encoding import Backend, Encoder, Precision, encoder_for
 from penstock.operators.identity import fingerprint, fingerprint_set
-from penstock.operators.indexing import Codec, Family, IndexSpec, Metric, factory_string, fewest_training_rows
+from penstock.operators.indexing import (
+    OPQ_CODECS,
+    ROTATED_CODECS,
+    Family,
+    IndexSpec,
+    Metric,
+    factory_string,
+    faiss_metric,
+    fewest_training_rows,
+    parse_factory,
+)
 from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
+from penstock.operators.searching import SearchParameters
+from penstock.operators.tuning import Budget, Candidate, candidates
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -45,7 +57,12 @@ from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, docu
 PASSAGES_VERSION = 1
 TRAINING_VERSION = 1
 SHARDS_VERSION = 1
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
+TUNING = "tuning"
+TUNING_VERSION = 1
+LARGE_SHARD = 1_000_000  # rows: no configuration takes fewer bytes per vector in a smaller one
+# What a trained index does not depend on, or depends on only through the configuration that was chosen by it.
+NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "memory_gib", "latency_ms"}
 VERSION_HEX_DIGITS = 16
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
@@ -66,12 +83,55 @@ class Resolved:
     warnings: tuple[str, ...]
     metric: Metric
     decided: bool
+    tuned_point: SearchParameters | None = None
 
     @cached_property
     def decision_fingerprint(self) -> str:
         """Identity of the choice of precision: the encoder, less precision and dimension, so that shorter vectors can
         be taken from longer ones."""
         return fingerprint(**{**self.encoder.parameters(), "precision": "auto", "dimension": self.card.dimension})
+
+    @property
+    def index_chosen(self) -> bool:
+        """Whether family and codec are known: named by the file, or chosen by a run."""
+        return self.pipeline.index.family != "auto"
+
+    def with_index(self, chosen: Candidate, point: SearchParameters | None) -> "Resolved":
+        """With the index that family `auto` came to mean, and the search parameters that were best for it."""
+        options = {"codec": chosen.codec, "rerank": chosen.rerank, "family": chosen.family}
+        if chosen.family is Family.HNSW:
+            options["hnsw_m"] = chosen.hnsw_m
+        if chosen.codec in OPQ_CODECS:
+            options |= {"pq_bytes": chosen.pq_bytes, "opq": chosen.opq}
+        if chosen.codec in ROTATED_CODECS:
+            options["rabitq_bits"] = chosen.rabitq_bits
+        index = self.pipeline.index.model_copy(update=options)
+        return replace(self, pipeline=self.pipeline.model_copy(update={"index": index}), tuned_point=point)
+
+    def budget(self, rows: int) -> Budget:
+        """What the index may take and must reach, for a corpus of so many passages."""
+        index = self.pipeline.index
+        limits = [] if index.bytes_per_vector is None else [index.bytes_per_vector]
+        if index.memory_gib is not None:
+            limits.append(index.memory_gib * 2**30 / max(rows, 1))
+        return Budget(index.recall, self.pipeline.evaluate.k, min(limits, default=None), index.latency_ms)
+
+    def choice_fingerprint(self, rows: int) -> str:
+        """Identity of the choice of an index: what it is to do for which vectors, and the size of a shard to within a
+        factor of two, so that a corpus that grows a little keeps its index."""
+        index = self.pipeline.index
+        asked = index.model_dump(
+            mode="json", include={"recall", "bytes_per_vector", "memory_gib", "latency_ms", "seed"}
+        )
+        return fingerprint(
+            stage=TUNING,
+            version=TUNING_VERSION,
+            embeddings=self.stage_fingerprint(EMBEDDINGS),
+            metric=self.metric.value,
+            k=self.pipeline.evaluate.k,
+            magnitude=shard_rows(self, rows).bit_length(),
+            **asked,
+        )
 
     def with_precision(self, precision: Precision) -> "Resolved":
         """With the precision that `auto` came to mean."""
@@ -83,9 +143,7 @@ class Resolved:
     def parameters(self) -> dict[str, dict[str, Any]]:
         """The parameters of each stage, by the names of the pipeline file: what its fingerprint is made of."""
         pipeline = self.pipeline
-        index = pipeline.index.model_dump(
-            mode="json", exclude={"recall", "shards", "rerank", "metric"}, exclude_none=True
-        )
+        index = pipeline.index.model_dump(mode="json", exclude=NOT_OF_TRAINING, exclude_none=True)
         return {
             PASSAGES: {
                 "documents.type": self.reader.type.value,
@@ -178,13 +236,19 @@ FACTS_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The identities that follow from selection: embeddings fragments, the index and its version."""
+class Embedded:
+    """The identities that follow from selection alone: the embeddings fragments."""
 
     facts: tuple[FragmentFacts, ...]
     embeddings_fingerprint: str
     embeddings: dict[str, str]
     rows: int
+
+
+@dataclass(frozen=True)
+class Chain(Embedded):
+    """And those of the index and its version, once it is known which index."""
+
     spec: IndexSpec
     training_fingerprint: str
     shards_fingerprint: str
@@ -271,7 +335,7 @@ def resolve(pipeline: PipelineFile, origin: Origin) -> Resolved:
     encoder = encoder_for(card, prompt=_prompt(pipeline, card, "document"), **shared)
     query_encoder = encoder_for(card, prompt=_prompt(pipeline, card, "query"), task="query", **shared)
     chunker = _chunker(pipeline, card, encoder)
-    _check_index(pipeline, metric, dimension, origin)
+    pipeline = _with_known_index(pipeline, metric, dimension, origin)
     _check_evaluation(pipeline, origin)
     found = tuple(files), reader, card, chunker, encoder, query_encoder, tuple(warnings), metric
     return Resolved(pipeline, *found, decided=not auto)
@@ -293,10 +357,14 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
     passages = plan_passages(resolved, store, past)
     facts = read_facts(store, resolved.selection_fingerprint)
     selection = _selection_plan(resolved, facts, past, passages)
-    chain = make_chain(resolved, facts) if facts is not None and resolved.decided else None
-    if chain is None:
-        later = [_unknown_plan(name, resolved, past) for name in STAGES[2:]]
+    embedded = embedded_of(resolved, facts) if facts is not None and resolved.decided else None
+    if embedded is not None:
+        resolved = chosen_before(resolved, store, embedded.rows)
+    if embedded is None or not resolved.index_chosen:
+        known = [_embeddings_plan(resolved, embedded, store, past)] if embedded else []
+        later = known + [_unknown_plan(name, resolved, past) for name in STAGES[2 + len(known) :]]
         return Plan(resolved, (passages, selection, *later), None, False, True, head)
+    chain = make_chain(resolved, embedded)
     catalog = Catalog(store, resolved.pipeline.name)
     published = catalog.has_manifest(chain.version)
     later = [
@@ -313,6 +381,8 @@ def _unknown_plan(stage: str, resolved: Resolved, past: PastRun | None) -> Stage
     """A stage whose inputs are not known before selection: what has changed for it all the same."""
     if stage == EMBEDDINGS and not resolved.decided:
         return StagePlan(stage, None, None, None, why="precision auto: chosen by the run, on texts of the corpus")
+    if stage != EMBEDDINGS and not resolved.index_chosen:
+        return StagePlan(stage, None, None, None, why="index auto: chosen by the run, on vectors of the corpus")
     stage_fingerprint = resolved.stage_fingerprint(stage) if stage == EMBEDDINGS else None
     changed = differences(past.parameters.get(stage, {}), resolved.parameters[stage]) if past else ""
     why = f"changed parameter: {changed}" if changed else "follows from selection"
@@ -359,18 +429,18 @@ def facts_table(facts: Sequence[FragmentFacts]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=FACTS_SCHEMA)
 
 
-def make_chain(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Chain:
-    """All identities after selection.
-
-    Raises:
-        PipelineFileInvalid: an index that so few rows cannot train.
-    """
-    embeddings_fingerprint = resolved.stage_fingerprint(EMBEDDINGS)
+def embedded_of(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Embedded:
+    """The embeddings fragments of a finished selection."""
+    stage = resolved.stage_fingerprint(EMBEDDINGS)
     kept = [fact for fact in facts if fact.kept]
-    embeddings = {fact.passages: fact.embeddings_fragment(embeddings_fingerprint) for fact in kept}
-    rows = sum(fact.kept for fact in kept)
-    spec = index_spec(resolved, rows)
-    members = fingerprint_set(list(embeddings.values()))
+    embeddings = {fact.passages: fact.embeddings_fragment(stage) for fact in kept}
+    return Embedded(tuple(facts), stage, embeddings, sum(fact.kept for fact in kept))
+
+
+def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
+    """All identities, of an index that is chosen."""
+    spec = index_spec(resolved, embedded.rows)
+    members = fingerprint_set(list(embedded.embeddings.values()))
     training = fingerprint(
         stage=TRAINING,
         embeddings=members,
@@ -389,40 +459,55 @@ def make_chain(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Chain:
     gate = resolved.pipeline.gate.model_dump(mode="json") if resolved.pipeline.gate else None
     version = fingerprint(evaluation=evaluation, gate=gate)[:VERSION_HEX_DIGITS]
     return Chain(
-        tuple(facts),
-        embeddings_fingerprint,
-        embeddings,
-        rows,
-        spec,
-        training,
-        shards,
-        evaluation,
-        version,
+        **vars(embedded),
+        spec=spec,
+        training_fingerprint=training,
+        shards_fingerprint=shards,
+        evaluation_fingerprint=evaluation,
+        version=version,
     )
+
+
+def shard_rows(resolved: Resolved, rows: int) -> int:
+    return max(1, rows // resolved.pipeline.index.shards)
 
 
 def index_spec(resolved: Resolved, rows: int) -> IndexSpec:
-    index = resolved.pipeline.index
-    factory = factory_string(
-        index.family,
-        index.codec,
-        resolved.encoder.dimension,
-        hnsw_m=index.hnsw_m or 32,
-        nlist=index.nlist,
-        rows=max(1, rows // index.shards),
-        pq_bytes=index.pq_bytes,
-        rabitq_bits=index.rabitq_bits or DEFAULT_RABITQ_BITS,
-    )
+    index, family, dimension = resolved.pipeline.index, chosen_family(resolved), resolved.encoder.dimension
+    factory = index.factory or _factory(resolved.pipeline, family, dimension, shard_rows(resolved, rows))
     return IndexSpec(
-        family=index.family,
+        family=family,
         codec=index.codec,
         metric=resolved.metric,
-        dimension=resolved.encoder.dimension,
+        dimension=dimension,
         factory=factory,
         training_rows=index.training_rows,
         seed=index.seed,
         ef_construction=index.ef_construction or 100,
     )
+
+
+def _factory(pipeline: PipelineFile, family: Family, dimension: int, rows: int) -> str:
+    index = pipeline.index
+    return factory_string(
+        family,
+        index.codec,
+        dimension,
+        hnsw_m=index.hnsw_m or 32,
+        nlist=index.nlist,
+        rows=rows,
+        pq_bytes=index.pq_bytes,
+        rabitq_bits=index.rabitq_bits or DEFAULT_RABITQ_BITS,
+        opq=index.opq,
+    )
+
+
+def chosen_family(resolved: Resolved) -> Family:
+    """The family of an index that is chosen."""
+    family = resolved.pipeline.index.family
+    if family == "auto":
+        raise ValueError("index.family (auto) must be chosen before the index is named; choose it by a run")
+    return family
 
 
 def finished_shards(store: Store, fingerprint_: str, shards: int) -> dict[int, ShardRecord]:
@@ -581,20 +666,45 @@ def decided_before(resolved: Resolved, store: Store) -> Resolved:
     return resolved.with_precision(Precision(record["chosen"]))
 
 
+def chosen_before(resolved: Resolved, store: Store, rows: int) -> Resolved:
+    """With the index that an earlier run on this root chose for such vectors and such a size."""
+    if resolved.index_chosen:
+        return resolved
+    try:
+        record = json.loads(store.read(choice_path(resolved.choice_fingerprint(rows))))
+    except FileNotFoundError:
+        return resolved
+    chosen = record["chosen"]
+    point = SearchParameters.from_json(chosen["parameters"]) if "parameters" in chosen else None
+    return resolved.with_index(Candidate.from_json(chosen), point)
+
+
+def choice_path(choice_fingerprint: str) -> str:
+    """The record of the choice of an index: made once for an encoder, a budget and a size."""
+    return f"tuning/{choice_fingerprint}.json"
+
+
 def precision_path(decision_fingerprint: str) -> str:
     """The record of the choice of a precision: made once for an encoder, so that all its vectors are of one kind."""
     return f"encoders/{decision_fingerprint}.json"
 
 
-def _check_index(pipeline: PipelineFile, metric: Metric, dimension: int, origin: Origin) -> None:
+def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, origin: Origin) -> PipelineFile:
+    """The file with the family and codec of its factory string; refuses an index that cannot be built or fit."""
     index = pipeline.index
-    if metric is Metric.INNER_PRODUCT and index.family is Family.HNSW and index.codec in (Codec.PQ, Codec.RABITQ):
-        rule = f"({index.codec.value}) with family hnsw is only built for metric cosine, and the model asks for dot"
-        raise PipelineFileInvalid([origin.problem("index.codec", rule + "; choose family ivf, codec sq8 or none")])
     try:
-        factory_string(index.family, index.codec, dimension, nlist=index.nlist or 1, pq_bytes=index.pq_bytes)
+        if index.factory is not None:
+            spec = parse_factory(index.factory, dimension, metric, index.seed)
+            known = index.model_copy(update={"family": spec.family, "codec": spec.codec})
+            return pipeline.model_copy(update={"index": known})
+        if index.family == "auto":
+            candidates(dimension, metric, LARGE_SHARD, Budget(index.recall, bytes_per_vector=index.bytes_per_vector))
+        else:
+            faiss_metric(index.family, index.codec, metric)
+            _factory(pipeline, index.family, dimension, LARGE_SHARD)
     except ValueError as error:
         raise PipelineFileInvalid([origin.problem("index", str(error))]) from error
+    return pipeline
 
 
 def _check_evaluation(pipeline: PipelineFile, origin: Origin) -> None:
@@ -657,7 +767,7 @@ def _selection_plan(
     return StagePlan(SELECTION, resolved.selection_fingerprint, 0, 1, None, None, why)
 
 
-def _embeddings_plan(resolved: Resolved, chain: Chain, store: Store, past: PastRun | None) -> StagePlan:
+def _embeddings_plan(resolved: Resolved, chain: Embedded, store: Store, past: PastRun | None) -> StagePlan:
     done = finished_fragments(store, EMBEDDINGS, chain.embeddings_fingerprint)
     todo = [fact for fact in chain.facts if fact.kept and chain.embeddings[fact.passages] not in done]
     rows = sum(fact.kept for fact in todo)
@@ -721,13 +831,14 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
-def check_trainable(resolved: Resolved, chain: Chain, origin: Origin) -> None:
+def check_trainable(resolved: Resolved, rows: int, origin: Origin) -> None:
     """Refuse an index that the corpus is too small to train."""
-    needed = fewest_training_rows(chain.spec)
-    if min(chain.rows, chain.spec.training_rows) < max(1, needed):
+    spec = index_spec(resolved, rows)
+    needed = max(1, fewest_training_rows(spec))
+    if min(rows, spec.training_rows) < needed:
         rule = (
-            f"({chain.spec.factory}) needs at least {max(1, needed)} passages to train, got {chain.rows} "
-            f"and index.training_rows {chain.spec.training_rows}; "
+            f"({spec.factory}) needs at least {needed} passages to train, got {rows} "
+            f"and index.training_rows {spec.training_rows}; "
             "choose family flat or hnsw with codec none or sq8, or a smaller nlist"
         )
         raise PipelineFileInvalid([origin.problem("index", rule)])

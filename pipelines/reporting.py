@@ -10,8 +10,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from penstock.pipelines.diffing import Difference
 from penstock.pipelines.gate import failed
 from penstock.pipelines.history import Status
+from penstock.pipelines.opened import Coverage
 from penstock.pipelines.planning import Plan
 from penstock.pipelines.running import Report
 
@@ -54,6 +56,52 @@ def report_view(report: Report) -> RenderableType:
     return Group(_figures(report), _stages(report), Text(_verdict(report), style="bold"))
 
 
+def tuning_view(record: dict[str, Any]) -> RenderableType:
+    """What was measured: one line a configuration, those on the Pareto front marked, and the choice."""
+    chosen = record["chosen"]
+    if "trials" not in record:
+        return Text(f"{chosen['family']}, codec {chosen['codec']}: {record['why']}")
+    table = _table("", "index", "bytes/vector", "stored", "recall", "queries/s", "ms a query", "search", "build s")
+    for trial in record["trials"]:
+        mark = "chosen" if trial == chosen else "front" if trial in record["pareto"] else ""
+        point = ", ".join(f"{name} {value}" for name, value in trial["parameters"].items() if value != 1) or "exact"
+        _row(
+            table,
+            mark,
+            f"{trial['factory']}{' + re-ranking' if trial['rerank'] else ''}",
+            f"{trial['bytes_per_vector']:,.0f}",
+            f"{trial['rerank_bytes']:,.0f}",
+            f"{trial['recall']:.4f}",
+            f"{trial['queries_per_s']:,.0f}",
+            f"{trial['latency_ms']:.2f}",
+            point,
+            f"{trial['build_s']:.1f}",
+        )
+    rows = max(trial["rows"] for trial in record["trials"])
+    return Group(table, Text(f"Measured on {rows:,} vectors, one thread; front: no other is better in every column."))
+
+
+def difference_view(difference: Difference) -> RenderableType:
+    """Two versions side by side, and what became of documents and answers."""
+    table = _table("", "old", "new")
+    for name, value in difference.old.items():
+        _row(table, name, _plain(value), _plain(difference.new[name]))
+    documents = difference.documents
+    lines = [
+        f"documents: {documents.added:,} added, {documents.removed:,} removed, {documents.changed:,} changed, "
+        f"{documents.unchanged:,} unchanged"
+    ]
+    for name, ids in documents.examples.items():
+        if ids:
+            lines.append(f"  {name}, among others: {', '.join(ids)}")
+    if difference.churn is not None:
+        lines.append(
+            f"answers: {difference.churn:.1%} of the old version's 10 nearest are not among the new one's, "
+            f"over {difference.queries} passages as queries"
+        )
+    return Group(table, Text("\n".join(lines)))
+
+
 def answers_view(query: str, rows: pa.Table) -> RenderableType:
     """One query's answers: similarity, id, metadata and a snippet of the text."""
     table = _table("similarity", "id", "metadata", "text", title=escape(f"“{query}”"))
@@ -73,7 +121,27 @@ def answer_rows(rows: pa.Table) -> list[dict[str, Any]]:
 def metadata_text(row: dict[str, Any]) -> str:
     """Kept columns of a row as `name: value` lines."""
     own = {"id", "similarity", "document_id", "start", "end", "text"}
-    return "\n".join(f"{name}: {value}" for name, value in row.items() if name not in own and value is not None)
+    shown = {name: ", ".join(value) if isinstance(value, list) else value for name, value in row.items()}
+    return "\n".join(f"{name}: {value}" for name, value in shown.items() if name not in own and value not in (None, ""))
+
+
+def with_duplicates(rows: pa.Table, links: pa.Table) -> pa.Table:
+    """Found rows with a column `duplicates`: the ids of the passages that each of them stands for.
+
+    Args:
+        links: id, document_id and represented_by, as `OpenIndex.duplicates` gives them.
+    """
+    represented: dict[str, list[str]] = {}
+    for link in links.to_pylist():
+        represented.setdefault(link["represented_by"], []).append(link["id"])
+    duplicates = [represented.get(name, []) for name in rows.column("id").to_pylist()]
+    return rows.append_column("duplicates", pa.array(duplicates, pa.list_(pa.string())))
+
+
+def coverage_text(coverage: Coverage) -> str:
+    """One sentence on what a degraded search did not look through."""
+    shards = ", ".join(str(shard) for shard in coverage.missing)
+    return f"answers come from {coverage.share:.1%} of the rows, without shard {shards}"
 
 
 def snippet(text: str) -> str:
@@ -213,6 +281,12 @@ def _table(*columns: str, title: str | None = None) -> Table:
         "idle",
         "written",
         "similarity",
+        "bytes/vector",
+        "stored",
+        "recall",
+        "queries/s",
+        "ms a query",
+        "build s",
     }
     for column in columns:
         table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
@@ -222,6 +296,10 @@ def _table(*columns: str, title: str | None = None) -> Table:
 def _row(table: Table, *cells: str) -> None:
     """A row of plain text: brackets in ids and texts are no markup."""
     table.add_row(*(Text(cell) for cell in cells))
+
+
+def _plain(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _count(value: int | None) -> str:

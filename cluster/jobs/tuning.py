@@ -1,0 +1,55 @@
+"""A sample of the embeddings → how candidates for the index do on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock.cluster.jobs.training import sample_vectors
+from penstock.cluster.layout import EMBEDDINGS, fragment_path
+from penstock.cluster.node import connect
+from penstock.operators.indexing import Metric
+from penstock.operators.searching import normalize
+from penstock.operators.tuning import Budget, Candidate, Trial, make_sample, measure
+
+
+@dataclass(frozen=True)
+class TuningJob:
+    """What all candidates share. Without `queries`, float32 (q, d), some of the sampled vectors are held out."""
+
+    root: str
+    embeddings_fingerprint: str
+    fragments: tuple[str, ...]
+    rows: int
+    shard_rows: int
+    budget: Budget
+    metric: Metric
+    seed: int
+    training_rows: int
+    held_out: int
+    queries: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """Candidates with one index, to measure on `sample_rows` vectors."""
+
+    job: TuningJob
+    sample_rows: int
+    group: tuple[Candidate, ...]
+
+
+def measure_candidates(task: TuningTask) -> Sequence[Trial]:
+    """Read the sample, build the index, search it; on one thread. Memory: the sample twice, and the index."""
+    job = task.job
+    held_out = job.held_out if job.queries is None else 0
+    paths = [fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment) for fragment in job.fragments]
+    vectors = sample_vectors(connect(job.root), paths, job.rows, task.sample_rows + held_out, job.seed)
+    if job.metric is Metric.COSINE:
+        vectors = normalize(vectors)
+    queries = job.queries
+    if queries is None:
+        queries, vectors = vectors[:held_out], vectors[held_out:]
+    sample = make_sample(vectors, queries, job.metric, job.budget.k)
+    shard_rows = max(job.shard_rows, len(vectors))
+    return measure(sample, task.group, job.budget, job.seed, job.training_rows, shard_rows)

@@ -1,0 +1,100 @@
+"""Choose the index by measurement: which configuration keeps what the file asks for, at the least cost."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from penstock.cluster.jobs.evaluation import EncodeQueriesTask, encode_queries
+from penstock.cluster.jobs.tuning import TuningJob, TuningTask, measure_candidates
+from penstock.cluster.session import Session
+from penstock.operators.indexing import Codec, Family
+from penstock.operators.tuning import Budget, Candidate, Trial, Tuned, candidates, choose, finalists, groups
+from penstock.pipelines.planning import Embedded, Resolved, shard_rows, split_path
+from penstock.pipelines.progress import Reporter
+
+# Exact search of so few rows takes a fraction of a millisecond: no measurement could find a better index.
+EXACT_ROWS = 2_000
+LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
+SCREENING_ROWS = 10_000
+SAMPLE_ROWS = 100_000
+HELD_OUT_QUERIES = 500
+
+
+def tune_index(
+    session: Session,
+    resolved: Resolved,
+    embedded: Embedded,
+    root: str,
+    reporter: Reporter,
+    exhaustive: bool = False,
+) -> dict[str, Any]:
+    """The record of the choice: what was measured, and what was chosen.
+
+    Args:
+        exhaustive: measure every candidate at the full sample, not only those that promise most.
+    """
+    budget = resolved.budget(embedded.rows)
+    rows = shard_rows(resolved, embedded.rows)
+    exact = Candidate(Family.FLAT, Codec.NONE, False)
+    grid = candidates(resolved.encoder.dimension, resolved.metric, rows, budget)
+    fits = exact in grid and budget.latency_ms is None and not exhaustive
+    if embedded.rows < LEAST_ROWS or (rows <= EXACT_ROWS and fits):
+        only = {"family": exact.family.value, "codec": exact.codec.value, "rerank": exact.rerank}
+        return _stamp({"met": True, "chosen": only, "why": f"{rows} vectors a shard are searched exactly"})
+    job = _job(session, resolved, embedded, root, budget)
+    screening, full = min(SCREENING_ROWS, rows), min(SAMPLE_ROWS, rows)
+    screened = [] if exhaustive else _measure(session, job, grid, screening, reporter, "screening")
+    trials = screened
+    if full > screening or exhaustive:
+        promising = grid if exhaustive else finalists(screened, rows, budget)
+        trials = _measure(session, job, promising, full, reporter, "tuning")
+    return _stamp(Tuned(budget, choose(trials, budget), tuple(trials), tuple(screened)).to_json())
+
+
+def unmet(record: dict[str, Any]) -> str:
+    """What of a budget nothing that was measured meets, and what comes nearest."""
+    asked, chosen = record["budget"], record["chosen"]
+    parts = [f"{name} {asked[name]:g} (nearest: {chosen[name]:g})" for name in record["misses"]]
+    return (
+        f"index: no configuration that was measured keeps {' and '.join(parts)}; the nearest is {chosen['factory']}"
+        f"{' with re-ranking' if chosen['rerank'] else ''}"
+    )
+
+
+def _job(session: Session, resolved: Resolved, embedded: Embedded, root: str, budget: Budget) -> TuningJob:
+    index, asked = resolved.pipeline.index, resolved.pipeline.evaluate.queries
+    queries: np.ndarray | None = None
+    if isinstance(asked, str):
+        store, path = split_path(asked)
+        queries = session.run(encode_queries, EncodeQueriesTask(store.url, path, resolved.query_encoder)).vectors
+    return TuningJob(
+        root=root,
+        embeddings_fingerprint=embedded.embeddings_fingerprint,
+        fragments=tuple(sorted(embedded.embeddings.values())),
+        rows=embedded.rows,
+        shard_rows=shard_rows(resolved, embedded.rows),
+        budget=budget,
+        metric=resolved.metric,
+        seed=index.seed,
+        training_rows=index.training_rows,
+        held_out=min(HELD_OUT_QUERIES, max(1, embedded.rows // 10)),
+        queries=queries,
+    )
+
+
+def _measure(
+    session: Session, job: TuningJob, grid: list[Candidate], rows: int, reporter: Reporter, name: str
+) -> list[Trial]:
+    tasks = [TuningTask(job, rows, group) for group in groups(grid)]
+    trials: list[Trial] = []
+    with reporter.stage(name, len(grid), "configurations") as advance:
+        for found in session.stream(measure_candidates, tasks):
+            trials += found
+            best = choose(trials, job.budget)
+            advance(len(found), f"{best.factory}, {best.queries_per_s:,.0f} queries/s")
+    return sorted(trials, key=lambda trial: -trial.queries_per_s)
+
+
+def _stamp(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "measured": datetime.now(UTC).isoformat(timespec="seconds")}

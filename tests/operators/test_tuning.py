@@ -1,0 +1,204 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from penstock.operators.indexing import Codec, Family, Metric
+from penstock.operators.searching import SearchParameters
+from penstock.operators.tuning import (
+    FINALISTS,
+    Budget,
+    Candidate,
+    Sample,
+    Trial,
+    candidates,
+    choose,
+    finalists,
+    groups,
+    make_sample,
+    measure,
+    pareto,
+)
+
+DIMENSION = 32
+BUDGET = Budget(recall=0.9)
+FLAT = Candidate(Family.FLAT, Codec.NONE, False)
+LISTS = Candidate(Family.IVF, Codec.SQ8, False)
+GRAPH = Candidate(Family.HNSW, Codec.NONE, False)
+
+
+def unit(rows: int, seed: int) -> np.ndarray:
+    """Clustered unit vectors: neighbours that a coarse quantizer can find."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(1).standard_normal((40, DIMENSION))
+    points = centres[random.integers(0, 40, rows)] + 0.4 * random.standard_normal((rows, DIMENSION))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    return make_sample(unit(2500, 2), unit(60, 3), Metric.COSINE, 10)
+
+
+def trial(candidate: Candidate = FLAT, **figures: float) -> Trial:
+    values = {"recall": 0.95, "queries_per_s": 1000.0, "latency_ms": 1.0, "bytes_per_vector": 100.0} | figures
+    rows = int(values.pop("rows", 1000))
+    return Trial(candidate, "Flat", rows, SearchParameters(), rerank_bytes=0.0, build_s=1.0, **values)
+
+
+# ---- measuring
+
+
+def recall_by_hand(sample: Sample, factory: str) -> float:
+    import faiss
+
+    index = faiss.index_factory(DIMENSION, factory, faiss.METRIC_INNER_PRODUCT)
+    index.add(sample.vectors)
+    found = index.search(sample.queries, 10)[1]
+    exact = np.argsort(-(sample.queries @ sample.vectors.T), axis=1)[:, :10]
+    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)]))
+
+
+def test_a_trial_is_what_the_index_does(sample: Sample) -> None:
+    (found,) = measure(sample, [FLAT], BUDGET, seed=1, training_rows=10_000, shard_rows=2500)
+    assert found.recall == recall_by_hand(sample, "Flat") == 1.0
+    assert found.factory == "Flat" and found.rows == 2500 and found.parameters == SearchParameters()
+    assert found.bytes_per_vector == pytest.approx(4 * DIMENSION, rel=0.01)
+    assert found.rerank_bytes == 0 and found.queries_per_s > 0 and found.latency_ms > 0 and found.build_s > 0
+
+
+def test_the_least_width_of_search_that_reaches_the_recall(sample: Sample) -> None:
+    (found,) = measure(
+        sample, [Candidate(Family.IVF, Codec.NONE, False)], BUDGET, seed=1, training_rows=10_000, shard_rows=2500
+    )
+    assert found.recall >= BUDGET.recall and found.parameters.nprobe is not None
+    (wider,) = measure(
+        sample,
+        [Candidate(Family.IVF, Codec.NONE, False)],
+        Budget(recall=0.999),
+        seed=1,
+        training_rows=10_000,
+        shard_rows=2500,
+    )
+    assert wider.parameters.nprobe is not None and wider.parameters.nprobe > found.parameters.nprobe
+    assert wider.recall >= 0.999 > found.recall
+
+
+def test_re_ranking_reaches_what_codes_alone_do_not(sample: Sample) -> None:
+    coarse = Candidate(Family.IVF, Codec.RABITQ, False, rabitq_bits=1)
+    alone, ranked = measure(
+        sample,
+        [coarse, replace(coarse, rerank=True)],
+        Budget(recall=0.97),
+        seed=1,
+        training_rows=10_000,
+        shard_rows=2500,
+    )
+    assert alone.recall < 0.97 <= ranked.recall
+    assert ranked.parameters.rerank_factor > 1 and alone.parameters.rerank_factor == 1
+    assert ranked.rerank_bytes == 2 * DIMENSION and ranked.bytes_per_vector == alone.bytes_per_vector
+    assert ranked.build_s == alone.build_s  # one index for both
+
+
+def test_what_cannot_reach_the_recall_says_how_far_it_comes(sample: Sample) -> None:
+    coarse = Candidate(Family.IVF, Codec.RABITQ, False, rabitq_bits=1)
+    (found,) = measure(sample, [coarse], Budget(recall=1.0), seed=1, training_rows=10_000, shard_rows=2500)
+    assert 0.2 < found.recall < 1.0 and not found.meets(Budget(recall=1.0))
+
+
+# ---- the grid
+
+
+def test_candidates_with_one_index_are_measured_together() -> None:
+    grid = candidates(384, Metric.COSINE, 100_000, BUDGET)
+    found = groups(grid)
+    assert sorted(map(repr, (one for group in found for one in group))) == sorted(map(repr, grid))
+    assert all(len({replace(one, rerank=False) for one in group}) == 1 for group in found)
+    assert max(map(len, found)) == 2
+
+
+@pytest.mark.parametrize("limit", [1600.0, 500.0, 120.0])
+def test_candidates_that_break_the_bytes_are_not_built(limit: float) -> None:
+    every = candidates(384, Metric.COSINE, 100_000, BUDGET)
+    some = candidates(384, Metric.COSINE, 100_000, replace(BUDGET, bytes_per_vector=limit))
+    assert 0 < len(some) < len(every) and set(some) < set(every)
+
+
+def test_fewer_bytes_than_any_index_takes() -> None:
+    with pytest.raises(ValueError, match=r"bytes_per_vector \(4\) is below the \d+ of the smallest index of 384"):
+        candidates(384, Metric.COSINE, 100_000, replace(BUDGET, bytes_per_vector=4.0))
+
+
+def test_what_faiss_cannot_build_for_the_metric_is_left_out() -> None:
+    cosine = candidates(384, Metric.COSINE, 100_000, BUDGET)
+    product = candidates(384, Metric.INNER_PRODUCT, 100_000, BUDGET)
+    assert set(product) <= set(cosine)
+    for one in product:
+        one.spec(384, Metric.INNER_PRODUCT, 100_000, 1, 100_000)
+
+
+# ---- choosing
+
+
+def test_the_fastest_that_keeps_the_budget() -> None:
+    fast, slow = trial(queries_per_s=900.0, bytes_per_vector=300.0), trial(queries_per_s=100.0)
+    lossy = trial(queries_per_s=5000.0, recall=0.5)
+    assert choose([slow, fast, lossy], BUDGET) == fast
+    assert choose([slow, fast, lossy], replace(BUDGET, bytes_per_vector=200.0)) == slow
+    late = trial(queries_per_s=2000.0, latency_ms=9.0)
+    assert choose([late, slow], replace(BUDGET, latency_ms=2.0)) == slow
+
+
+def test_of_equally_fast_ones_the_smaller() -> None:
+    assert choose([trial(), trial(bytes_per_vector=50.0)], BUDGET).bytes_per_vector == 50.0
+
+
+def test_nothing_keeps_the_budget() -> None:
+    near, far = trial(recall=0.85, queries_per_s=1.0), trial(recall=0.3, queries_per_s=9999.0)
+    assert choose([far, near], BUDGET) == near
+    assert near.misses(BUDGET) == {"recall": pytest.approx(0.05 / 0.9)}
+    tight = Budget(recall=0.9, bytes_per_vector=50.0, latency_ms=0.5)
+    assert set(near.misses(tight)) == {"recall", "bytes_per_vector", "latency_ms"}
+
+
+def test_the_pareto_front() -> None:
+    a, b = trial(queries_per_s=100.0, bytes_per_vector=10.0), trial(queries_per_s=50.0, bytes_per_vector=5.0)
+    worse = trial(queries_per_s=90.0, bytes_per_vector=10.0)
+    better_recall = trial(queries_per_s=90.0, bytes_per_vector=10.0, recall=0.99)
+    assert pareto([a, b, worse, better_recall]) == [a, b, better_recall]
+    assert pareto([a, replace(a)]) == [a, a]
+
+
+def test_finalists_are_estimated_at_the_size_of_a_shard() -> None:
+    """Exact search is fastest in few rows and slowest in many."""
+    flat, lists, graph = (
+        trial(FLAT, queries_per_s=20_000.0),
+        trial(LISTS, queries_per_s=12_000.0),
+        trial(GRAPH, queries_per_s=9_000.0),
+    )
+    assert finalists([flat, lists, graph], 1000, BUDGET)[0] == FLAT
+    many = finalists([flat, lists, graph], 1_000_000, BUDGET)
+    assert many[0] == GRAPH and FLAT not in many
+
+
+def test_finalists_keep_recall_and_bytes_where_any_does() -> None:
+    lossy = trial(LISTS, recall=0.4, queries_per_s=90_000.0)
+    large = trial(GRAPH, bytes_per_vector=900.0, queries_per_s=80_000.0)
+    small = trial(FLAT, bytes_per_vector=90.0)
+    assert finalists([lossy, large, small], 1000, Budget(recall=0.9, bytes_per_vector=100.0)) == [FLAT]
+    assert finalists([lossy], 1000, BUDGET) == [LISTS]
+    assert len(finalists([trial(FLAT, latency_ms=float(n)) for n in range(1, 9)], 1000, BUDGET)) == FINALISTS
+
+
+def test_a_candidate_comes_back_from_its_record() -> None:
+    for one in candidates(384, Metric.COSINE, 100_000, BUDGET):
+        assert Candidate.from_json(trial(one).to_json()) == one
+
+
+def test_bytes_are_those_of_a_whole_shard(sample: Sample) -> None:
+    """Centroids and rotation weigh less on each of more rows."""
+    coarse = [Candidate(Family.IVF, Codec.RABITQ, False)]
+    (here,) = measure(sample, coarse, BUDGET, seed=1, training_rows=10_000, shard_rows=2500)
+    (there,) = measure(sample, coarse, BUDGET, seed=1, training_rows=10_000, shard_rows=250_000)
+    per_row = DIMENSION / 8 + 8 + 8  # a bit for each component, two factors, the id in its list
+    assert per_row < there.bytes_per_vector < per_row + 3 < here.bytes_per_vector

@@ -1,0 +1,28 @@
+import numpy as np
+
+from penstock.cluster.jobs.evaluation import Measured
+from penstock.operators.evaluation import Neighbours
+from penstock.operators.identity import row_hashes
+from penstock.operators.searching import Hits
+from penstock.operators.sharding import shard_of
+from penstock.pipelines.evaluating import _shard_recall
+
+
+def hits(rows: list[list[str]]) -> Hits:
+    ids = np.array(rows, dtype=object)
+    return Hits(ids, np.ones(ids.shape, np.float32), np.zeros(ids.shape, np.int32), np.zeros(ids.shape, np.int64))
+
+
+def test_a_shard_answers_for_the_neighbours_that_lie_in_it() -> None:
+    names = [f"p{number}" for number in range(12)]
+    owner = dict(zip(names, shard_of(row_hashes(names), 3).tolist(), strict=True))
+    truth = Neighbours(np.array([names[:6], names[6:]], dtype=object), np.ones((2, 6), np.float32))
+    perfect = [
+        Measured(shard, (hits([[name if owner[name] == shard else "other" for name in row] for row in truth.ids]),), ())
+        for shard in range(3)
+    ]
+    assert _shard_recall(perfect, truth, 6) == [1.0, 1.0, 1.0]
+    blind = [perfect[0], Measured(1, (hits([["other"] * 6] * 2),), ()), perfect[2]]
+    assert _shard_recall(blind, truth, 6) == [1.0, 0.0, 1.0]
+    elsewhere = Neighbours(np.array([[name] for name in names if owner[name] == 0][:1], dtype=object), np.ones((1, 1)))
+    assert _shard_recall([Measured(0, (hits([["other"]]),), ())] + perfect[1:], elsewhere, 1) == [0.0, None, None]

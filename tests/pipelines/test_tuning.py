@@ -1,0 +1,126 @@
+"""`index.family: auto`, `penstock tune` and its picture, as a user meets them."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.history import Status
+from penstock.pipelines.plots import keeps, tuning_svg
+from penstock.pipelines.tuning import unmet
+
+from .conftest import Workspace, penstock
+
+
+def record(**budget: float | None) -> dict[str, Any]:
+    def trial(factory: str, family: str, queries_per_s: float, size: float, recall: float) -> dict[str, Any]:
+        return {
+            "family": family,
+            "codec": "none",
+            "rerank": family == "ivf",
+            "factory": factory,
+            "rows": 1000,
+            "parameters": {"rerank_factor": 1},
+            "recall": recall,
+            "queries_per_s": queries_per_s,
+            "latency_ms": 0.5,
+            "bytes_per_vector": size,
+            "rerank_bytes": 0.0,
+            "build_s": 1.0,
+        }
+
+    trials = [trial("Flat", "flat", 100.0, 1536.0, 1.0), trial("IVF64,<Flat>", "ivf", 9000.0, 60.0, 0.7)]
+    asked = {"recall": 0.95, "k": 10, "bytes_per_vector": None, "latency_ms": None} | budget
+    return {"budget": asked, "trials": trials, "pareto": trials, "chosen": trials[0], "met": True, "misses": {}}
+
+
+def test_the_picture_is_valid_and_names_all(tmp_path: Path) -> None:
+    found = ElementTree.fromstring(tuning_svg(record()))
+    words = [text for element in found.iter() if (text := element.text)]
+    assert any("Flat" in word for word in words) and any("IVF64,<Flat> + re-ranking" in word for word in words)
+    circles = [element for element in found.iter() if element.tag.endswith("circle")]
+    fills = [circle.get("fill") for circle in circles]
+    assert fills.count("white") == 1  # the one below the recall
+    for circle in circles:
+        assert 0 < float(circle.get("cx", "0")) < 860 and 0 < float(circle.get("cy", "0")) < 520
+
+
+def test_what_keeps_a_budget() -> None:
+    flat, lists = record()["trials"]
+    assert keeps(flat, record()["budget"]) and not keeps(lists, record()["budget"])
+    assert not keeps(flat, record(bytes_per_vector=100.0)["budget"])
+    assert not keeps(flat, record(latency_ms=0.1)["budget"])
+
+
+def test_an_unmet_budget_says_what_comes_nearest() -> None:
+    missed = record(bytes_per_vector=100.0) | {"misses": {"bytes_per_vector": 14.36}}
+    assert unmet(missed) == (
+        "index: no configuration that was measured keeps bytes_per_vector 100 (nearest: 1536); the nearest is Flat"
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"codec": "sq8"}, "codec (sq8) is chosen by family auto"),
+        ({"family": "auto", "rerank": True}, "rerank (True) is chosen by family auto"),
+        ({"family": "hnsw", "bytes_per_vector": 64}, "bytes_per_vector (64.0) is what family auto chooses by"),
+        ({"family": "flat", "memory_gib": 2}, "memory_gib (2.0) is what family auto chooses by"),
+    ],
+)
+def test_options_that_contradict_each_other(index: dict[str, Any], words: str) -> None:
+    base = {"name": "a", "root": "r", "documents": {"type": "jsonl", "path": "x"}, "embedding": {"model": "m"}}
+    with pytest.raises(ValueError) as raised:
+        PipelineFile.model_validate({**base, "index": index})
+    assert words in str(raised.value)
+
+
+# ---- runs
+
+
+AUTO = {"shards": 1, "recall": 0.9, "latency_ms": 1000.0}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_chooses_by_measurement_once_and_builds_that(workspace: Workspace) -> None:
+    before = {stage.name: stage for stage in workspace.pipeline(index=AUTO).plan().stages}
+    assert before["shards"].fingerprint is None
+    report = workspace.pipeline(index=AUTO, gate={"recall": 0.9}).run()
+    assert report is not None and report.status is Status.PUBLISHED and report.tuning is not None
+    chosen, tried = report.tuning["chosen"], report.tuning["screened"]
+    assert report.tuning["met"] and chosen["recall"] >= 0.9 and len(tried) > 8
+    assert chosen["queries_per_s"] == max(one["queries_per_s"] for one in tried if one["recall"] >= 0.9)
+    assert report.manifest["faiss"]["family"] == chosen["family"]
+    assert report.manifest["faiss"]["codec"] == chosen["codec"] and report.manifest["rerank"] == chosen["rerank"]
+    again = workspace.pipeline(index=AUTO, gate={"recall": 0.9})
+    assert again.plan().up_to_date and again.run() is None
+    workspace.write("more.jsonl", [{"id": "more", "text": "One more document on arrays.", "topic": "t"}])
+    later = workspace.pipeline(index=AUTO, gate={"recall": 0.9}).run()
+    assert later is not None and later.tuning == report.tuning  # a little growth does not choose anew
+    assert later.version != report.version
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_few_vectors_are_searched_exactly(workspace: Workspace) -> None:
+    report = workspace.pipeline(index={"shards": 1}).run()
+    assert report is not None and report.status is Status.PUBLISHED
+    assert report.manifest["faiss"] == {"family": "flat", "codec": "none", "factory": "Flat", "seed": 20_260_101}
+    assert report.tuning is not None and "trials" not in report.tuning
+
+
+def test_the_command_shows_measures_and_draws(workspace: Workspace, tmp_path: Path) -> None:
+    picture = tmp_path / "tuning.svg"
+    file = workspace.file(index=AUTO)
+    done = penstock("tune", str(file), "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert "chosen" in done.stdout and "queries/s" in done.stdout and "Flat" in done.stdout
+    ElementTree.fromstring(picture.read_text())
+    impossible = workspace.file(index={**AUTO, "bytes_per_vector": 90.0, "recall": 1.0})
+    missed = penstock("tune", str(impossible), "--json")
+    assert missed.returncode == 3 and "no configuration that was measured keeps recall 1 (nearest: 0." in missed.stderr
+    found = json.loads(missed.stdout.splitlines()[-1])
+    assert found["event"] == "tuning" and not found["met"] and found["misses"]["recall"] > 0
+    assert found["trials"] and all(trial["codec"] not in ("none", "fp16") for trial in found["trials"])
