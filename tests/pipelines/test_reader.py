@@ -226,7 +226,6 @@ def test_a_closed_index_says_so(library: Library, queries: np.ndarray) -> None:
         ({"kind": []}, lambda row: False),
         ({}, lambda row: True),
     ],
-    ids=str,
 )
 def test_filters_find_the_nearest_of_the_rows_that_meet_them(
     library: Library, queries: np.ndarray, where: dict[str, object], meets: Callable[[Document], bool]
