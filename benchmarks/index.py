@@ -103,11 +103,11 @@ def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Trial, list[
     """The planner's choice, all that it measured in full, and seconds."""
     started = time.perf_counter()
     rows, dimension = sample.vectors.shape
-    grid = candidates(dimension, sample.metric, rows, budget)
+    grid = candidates(dimension, sample.metric, rows, budget, TRAINING_ROWS, SCREENING_ROWS)
     if not exhaustive:
         small = make_sample(sample.vectors[:SCREENING_ROWS], sample.queries, sample.metric, K)
         screened = [one for group in groups(grid) for one in measure(small, group, budget, SEED, TRAINING_ROWS, rows)]
-        grid = finalists(screened, rows, budget)
+        grid = finalists(screened, budget)
     trials = [one for group in groups(grid) for one in measure(sample, group, budget, SEED, TRAINING_ROWS, rows)]
     return choose(trials, budget), trials, time.perf_counter() - started
 

@@ -75,7 +75,7 @@ class FileCache:
             except BaseException:
                 file.close()
                 with self._lock(ROOM_LOCK):
-                    self._partial(record).unlink()
+                    self._partial(record).unlink(missing_ok=True)
                 raise
             with self._lock(ROOM_LOCK):
                 self._partial(record).replace(self._path(record))

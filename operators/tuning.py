@@ -25,6 +25,8 @@ from penstock.operators.indexing import (
     ShardBuilder,
     bytes_per_vector,
     factory_string,
+    faiss_threads,
+    fewest_training_rows,
     nlist_of,
     open_index,
     requires_training,
@@ -43,6 +45,7 @@ RERANK_FACTORS = (1, 2, 4, 8, 16)
 WIDTH_STEP = 1.15
 LEAST_EF, MOST_EF = 10, 1024
 BUILD_ROWS = 8192
+CENTROID_BYTES = 4.0  # of a component
 STORED_BYTES = 2.0  # of a component of a stored vector
 TIE_ROOM = 10  # truth keeps a few more neighbours than k, to know which rows tie with the k-th
 
@@ -95,13 +98,15 @@ class Candidate:
 class Trial:
     """A candidate as measured on `rows` vectors at the operating point that reaches the recall with least work.
 
-    Queries are timed in one batch, `latency_ms` one by one, both on one thread. `bytes_per_vector` is of the index
+    Queries are timed in one batch, `latency_ms` one by one, both on one thread; both figures are for a shard of
+    `shard_rows`, by how its family scales. `bytes_per_vector` is of the index
     file of a whole shard; stored vectors for re-ranking are `rerank_bytes`.
     """
 
     candidate: Candidate
     factory: str
     rows: int
+    shard_rows: int
     parameters: SearchParameters
     recall: float
     queries_per_s: float
@@ -116,7 +121,7 @@ class Trial:
 
     def misses(self, budget: Budget) -> dict[str, float]:
         """By how much, as a share, each unmet part of the budget is missed."""
-        over = {"recall": (budget.recall - self.recall) / budget.recall}
+        over = {"recall": (budget.recall - self.recall) / budget.recall if budget.recall else 0.0}
         if budget.bytes_per_vector is not None:
             over["bytes_per_vector"] = self.bytes_per_vector / budget.bytes_per_vector - 1
         if budget.latency_ms is not None:
@@ -137,6 +142,7 @@ class Trial:
             **candidate,
             "factory": self.factory,
             "rows": self.rows,
+            "shard_rows": self.shard_rows,
             "parameters": self.parameters.to_json(),
         } | figures
 
@@ -185,13 +191,24 @@ class Tuned:
         }
 
 
-def candidates(dimension: int, metric: Metric, rows: int, budget: Budget) -> list[Candidate]:
-    """The grid, but for what faiss cannot build for this metric or what breaks the budget of bytes unbuilt.
+def candidates(
+    dimension: int, metric: Metric, rows: int, budget: Budget, training_rows: int, sample_rows: int
+) -> list[Candidate]:
+    """The grid, but for what faiss cannot build for this metric, what breaks the budget of bytes unbuilt, and what so
+    few rows cannot train.
+
+    Args:
+        rows: of a shard.
+        sample_rows: of the smallest sample that the candidates are measured on.
 
     Raises:
         ValueError: no configuration can meet the bytes, whatever its recall.
     """
-    grid = [(one, _index_bytes(one, dimension, metric, rows)) for one in _grid(dimension)]
+    grid = [
+        (one, _index_bytes(one, dimension, metric, rows, min(training_rows, rows)))
+        for one in _grid(dimension)
+        if _trainable(one, dimension, metric, sample_rows, training_rows)
+    ]
     limit = math.inf if budget.bytes_per_vector is None else budget.bytes_per_vector
     fit = [one for one, size in grid if size is not None and size <= limit]
     if not fit:
@@ -224,16 +241,18 @@ def measure(
     """
     with tempfile.TemporaryDirectory(prefix="penstock-tune-") as place:
         built = _built(sample, group, seed, training_rows, Path(place))
-        return [_trial(sample, one, budget, shard_rows) for one in built]
+        with faiss_threads(1):
+            return [_trial(sample, one, budget, shard_rows) for one in built]
 
 
-def finalists(screened: Sequence[Trial], rows: int, budget: Budget) -> list[Candidate]:
-    """Of candidates measured on few rows, those that are worth measuring on many: with the least estimated seconds per
-    query in a shard of `rows`, if their bytes fit and they reach the recall (or, where none does, all the same)."""
+def finalists(screened: Sequence[Trial], budget: Budget) -> list[Candidate]:
+    """Of candidates measured on few rows, those that are worth measuring on many: with most queries per second in a
+    shard, if their bytes fit and they reach the recall (or, where none does, all the same)."""
     fit = [trial for trial in screened if trial.meets(replace(budget, latency_ms=None))] or list(screened)
-    estimates = {trial: _growth(trial.candidate.family, trial.rows, rows) / trial.queries_per_s for trial in fit}
-    limit = PROMISING * min(estimates.values())
-    promising = sorted((trial for trial in fit if estimates[trial] <= limit), key=lambda trial: estimates[trial])
+    enough = max(trial.queries_per_s for trial in fit) / PROMISING
+    promising = sorted(
+        (trial for trial in fit if trial.queries_per_s >= enough), key=lambda trial: -trial.queries_per_s
+    )
     return [trial.candidate for trial in promising[:FINALISTS]]
 
 
@@ -284,14 +303,16 @@ def _trial(sample: Sample, built: _Built, budget: Budget, shard_rows: int) -> Tr
     point, recall = _operating_point(sample, built, budget)
     queries_per_s, latency_ms = _timed(built.searcher, sample.queries, budget.k, point)
     rows, dimension = sample.vectors.shape
+    growth = _growth(built.candidate.family, rows, shard_rows)
     return Trial(
         candidate=built.candidate,
         factory=built.spec.factory,
         rows=rows,
+        shard_rows=shard_rows,
         parameters=point,
         recall=recall,
-        queries_per_s=queries_per_s,
-        latency_ms=latency_ms,
+        queries_per_s=queries_per_s / growth,
+        latency_ms=latency_ms * growth,
         bytes_per_vector=_bytes_in_shard(built, sample, shard_rows),
         rerank_bytes=STORED_BYTES * dimension if built.candidate.rerank else 0.0,
         build_s=built.build_s,
@@ -304,8 +325,8 @@ def _bytes_in_shard(built: _Built, sample: Sample, shard_rows: int) -> float:
     rows, dimension = sample.vectors.shape
     spec = built.candidate.spec(dimension, sample.metric, shard_rows, built.spec.seed, built.spec.training_rows)
     whole: float = built.index_bytes - bytes_per_vector(built.spec, rows) * rows
-    growth = max(1, nlist_of(spec)) / max(1, nlist_of(built.spec))
-    return float(bytes_per_vector(spec, shard_rows) + whole * growth / shard_rows)
+    more_centroids = (nlist_of(spec) - nlist_of(built.spec)) * CENTROID_BYTES * dimension
+    return float(bytes_per_vector(spec, shard_rows) + (whole + more_centroids) / shard_rows)
 
 
 def _operating_point(sample: Sample, built: _Built, budget: Budget) -> tuple[SearchParameters, float]:
@@ -410,6 +431,7 @@ def _row_ids(rows: int) -> pa.Array:
 def _growth(family: Family, rows: int, larger: int) -> float:
     """How many times longer a query takes in `larger` rows: all of them are compared, about their root of the lists'
     (nlist grows with the root of the rows), or a number that grows with the logarithm."""
+    rows, larger = max(rows, 2), max(larger, 2)
     match family:
         case Family.FLAT:
             return larger / rows
@@ -438,9 +460,18 @@ def _grid(dimension: int) -> list[Candidate]:
     return [*grid, Candidate(Family.IVF, Codec.RABITQFS, False, rabitq_bits=4)]
 
 
-def _index_bytes(one: Candidate, dimension: int, metric: Metric, rows: int) -> float | None:
+def _index_bytes(one: Candidate, dimension: int, metric: Metric, rows: int, training_rows: int) -> float | None:
     """Bytes that a row takes in the index, None where faiss cannot build it for this metric, dimension or size."""
     try:
-        return bytes_per_vector(one.spec(dimension, metric, rows, 0, rows))
+        return bytes_per_vector(one.spec(dimension, metric, rows, 0, training_rows))
     except ValueError:
         return None
+
+
+def _trainable(one: Candidate, dimension: int, metric: Metric, rows: int, training_rows: int) -> bool:
+    """Whether so many rows train the index that they get."""
+    try:
+        spec = one.spec(dimension, metric, rows, 0, min(training_rows, rows))
+    except ValueError:
+        return False
+    return fewest_training_rows(spec) <= min(training_rows, rows)

@@ -226,12 +226,13 @@ def diff(
     old: Annotated[str, typer.Argument(help="A version.", show_default=False)],
     new: Annotated[str, typer.Argument(help="A later version of the same index.", show_default=False)],
     root: Root,
+    index: Annotated[str | None, typer.Option(help="The index, where several have these versions.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Compare two versions: documents, answers to the same queries, size, recall and latency."""
     store = open_store(root)
-    catalog, _ = _catalog_of_version(store, "", old)
+    catalog, _ = _catalog_of_version(store, f"{index}/" if index else "", old)
     if not catalog.has_manifest(new):
         raise AliasUnknown(
             f"version ({new}) must be one of index {catalog.index}, as {old} is; see `penstock versions --root {root}`"

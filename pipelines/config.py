@@ -199,13 +199,13 @@ class Index(Section):
     metric: Metric | None = Field(None, description="Without it, the model's own similarity.")
     shards: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
     recall: Share = Field(0.95, description="Recall that the default operating point must reach.")
-    bytes_per_vector: Annotated[float, Field(gt=0)] | None = Field(
+    bytes_per_vector: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Index bytes per vector, at most; vectors stored for re-ranking do not count (family auto)."
     )
-    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+    memory_gib: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = Field(
         None, description="GiB that the index files of all shards together may have (family auto)."
     )
-    latency_ms: Annotated[float, Field(gt=0)] | None = Field(
+    latency_ms: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Milliseconds of one query in one shard on one thread, at most (family auto)."
     )
     rerank: Switch = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")

@@ -22,6 +22,7 @@ from penstock.cluster.jobs.evaluation import (
 from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.session import Session
 from penstock.operators.evaluation import (
+    TIE_TOLERANCE,
     MeasuredPoint,
     Neighbours,
     choose_operating_point,
@@ -74,7 +75,7 @@ def evaluate(
         "queries": len(queries.ids),
         "queries_from": pipeline.evaluate.queries if isinstance(pipeline.evaluate.queries, str) else "passages",
         "recall": _recall(found, truth, k, exact_similarities),
-        "shard_recall": _shard_recall(final, truth, k),
+        **_shard_recall(final, truth, queries, k, exact_similarities),
         "default": _point_json(chosen),
         "points": [_point_json(point) for point in table],
     }
@@ -165,20 +166,29 @@ def _recall(found: Hits, truth: Neighbours, k: int, exact_similarities: bool) ->
     return 1.0 if np.isnan(recall).all() else float(np.nanmean(recall))
 
 
-def _shard_recall(measured: Sequence[Measured], truth: Neighbours, k: int) -> list[float | None]:
-    """For each shard, the share of the true neighbours that lie in it which it finds by itself; None where none does.
-
-    With one shard this is the recall, but that ties are not forgiven.
-    """
-    found = np.zeros(len(measured), np.int64)
-    lying = np.zeros(len(measured), np.int64)
-    for row, names in enumerate(truth.ids[:, :k]):
-        wanted = [name for name in names if name is not None]
-        owners = shard_of(row_hashes(wanted), len(measured))
-        for name, owner in zip(wanted, owners.tolist(), strict=True):
-            lying[owner] += 1
-            found[owner] += name in measured[owner].hits[0].ids[row, : k + 1]
-    return [round(float(hits / all_), 6) if all_ else None for hits, all_ in zip(found, lying, strict=True)]
+def _shard_recall(
+    measured: Sequence[Measured], truth: Neighbours, queries: Queries, k: int, exact_similarities: bool
+) -> dict[str, list[Any]]:
+    """For each shard, the share of the true neighbours that lie in it which it finds by itself (None where none does),
+    and how many lie in it. As for the whole index, a row that is as similar as the k-th neighbour counts like it."""
+    found, lying = np.zeros(len(measured), np.int64), np.zeros(len(measured), np.int64)
+    for row, names in enumerate(truth.ids):
+        near = truth.similarities[row]
+        count = int(np.count_nonzero(~np.isnan(near[:k])))
+        if count == 0:
+            continue
+        floor = near[count - 1] - TIE_TOLERANCE * max(1.0, abs(near[count - 1]))
+        accepted = {str(name) for name in names[near >= floor]}
+        owners = np.bincount(shard_of(row_hashes(names[:count].tolist()), len(measured)), minlength=len(measured))
+        lying += owners
+        for shard, one in enumerate(measured):
+            hits = one.hits[0]
+            own = [place for place, name in enumerate(hits.ids[row, : k + 1]) if name != queries.exclude[row]]
+            ties = hits.similarities[row] >= floor if exact_similarities else np.zeros(hits.ids.shape[1], bool)
+            good = sum(hits.ids[row, place] in accepted or bool(ties[place]) for place in own)
+            found[shard] += min(good, int(owners[shard]))
+    shares = [round(float(hits / all_), 6) if all_ else None for hits, all_ in zip(found, lying, strict=True)]
+    return {"shard_recall": shares, "shard_neighbours": lying.tolist()}
 
 
 def _latency(measured: Sequence[Measured], point: int) -> float:

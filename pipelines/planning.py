@@ -60,7 +60,11 @@ SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
 TUNING = "tuning"
 TUNING_VERSION = 1
+SCREENING_ROWS = 10_000  # of the sample that all configurations are measured on
+HELD_OUT_QUERIES = 500
+LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
 LARGE_SHARD = 1_000_000  # rows: no configuration takes fewer bytes per vector in a smaller one
+OF_THE_CHOICE = {"recall", "bytes_per_vector", "memory_gib", "latency_ms", "seed", "training_rows"}
 # What a trained index does not depend on, or depends on only through the configuration that was chosen by it.
 NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "memory_gib", "latency_ms"}
 VERSION_HEX_DIGITS = 16
@@ -112,20 +116,20 @@ class Resolved:
         """What the index may take and must reach, for a corpus of so many passages."""
         index = self.pipeline.index
         limits = [] if index.bytes_per_vector is None else [index.bytes_per_vector]
-        if index.memory_gib is not None:
-            limits.append(index.memory_gib * 2**30 / max(rows, 1))
+        if index.memory_gib is not None:  # for as many rows as the choice is kept for
+            limits.append(index.memory_gib * 2**30 / (index.shards * 2 ** shard_rows(self, rows).bit_length()))
         return Budget(index.recall, self.pipeline.evaluate.k, min(limits, default=None), index.latency_ms)
 
     def choice_fingerprint(self, rows: int) -> str:
         """Identity of the choice of an index: what it is to do for which vectors, and the size of a shard to within a
         factor of two, so that a corpus that grows a little keeps its index."""
         index = self.pipeline.index
-        asked = index.model_dump(
-            mode="json", include={"recall", "bytes_per_vector", "memory_gib", "latency_ms", "seed"}
-        )
+        asked = index.model_dump(mode="json", include=OF_THE_CHOICE)
         return fingerprint(
             stage=TUNING,
             version=TUNING_VERSION,
+            shards=index.shards if index.memory_gib is not None else None,
+            queries=_evaluation_inputs(self) if isinstance(self.pipeline.evaluate.queries, str) else [],
             embeddings=self.stage_fingerprint(EMBEDDINGS),
             metric=self.metric.value,
             k=self.pipeline.evaluate.k,
@@ -173,7 +177,8 @@ class Resolved:
                 "version": SHARDS_VERSION,
             },
             EVALUATION: {f"evaluate.{name}": value for name, value in pipeline.evaluate.model_dump(mode="json").items()}
-            | {"index.recall": pipeline.index.recall, "version": EVALUATION_VERSION},
+            | {"index.recall": pipeline.index.recall, "version": EVALUATION_VERSION}
+            | ({"index tuned": self.tuned_point.to_json()} if self.tuned_point else {}),
         }
 
     def stage_fingerprint(self, stage: str) -> str:
@@ -358,12 +363,13 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
     facts = read_facts(store, resolved.selection_fingerprint)
     selection = _selection_plan(resolved, facts, past, passages)
     embedded = embedded_of(resolved, facts) if facts is not None and resolved.decided else None
+    asked = resolved  # a run chooses the index by itself, and says how
     if embedded is not None:
         resolved = chosen_before(resolved, store, embedded.rows)
     if embedded is None or not resolved.index_chosen:
         known = [_embeddings_plan(resolved, embedded, store, past)] if embedded else []
         later = known + [_unknown_plan(name, resolved, past) for name in STAGES[2 + len(known) :]]
-        return Plan(resolved, (passages, selection, *later), None, False, True, head)
+        return Plan(asked, (passages, selection, *later), None, False, True, head)
     chain = make_chain(resolved, embedded)
     catalog = Catalog(store, resolved.pipeline.name)
     published = catalog.has_manifest(chain.version)
@@ -374,7 +380,7 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
         _evaluation_plan(resolved, chain, store, past),
     ]
     moves, note = alias_moves(resolved.pipeline, catalog, chain.version)
-    return Plan(resolved, (passages, selection, *later), chain.version, published, moves, head, (note,) if note else ())
+    return Plan(asked, (passages, selection, *later), chain.version, published, moves, head, (note,) if note else ())
 
 
 def _unknown_plan(stage: str, resolved: Resolved, past: PastRun | None) -> StagePlan:
@@ -500,6 +506,36 @@ def _factory(pipeline: PipelineFile, family: Family, dimension: int, rows: int) 
         rabitq_bits=index.rabitq_bits or DEFAULT_RABITQ_BITS,
         opq=index.opq,
     )
+
+
+def index_candidates(resolved: Resolved, rows: int) -> list[Candidate]:
+    """The configurations to choose from for a corpus of so many passages; none where they are too few to measure.
+
+    Raises:
+        ValueError: none keeps the budget of bytes.
+    """
+    if rows < LEAST_ROWS:
+        return []
+    whole = shard_rows(resolved, rows)
+    sample = max(1, min(SCREENING_ROWS, whole, rows - held_out_rows(rows)))
+    training_rows = resolved.pipeline.index.training_rows
+    dimension, metric = resolved.encoder.dimension, resolved.metric
+    return candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
+
+
+def held_out_rows(rows: int) -> int:
+    """Vectors of a corpus that serve as queries when an index is chosen."""
+    return min(HELD_OUT_QUERIES, max(1, rows // 10))
+
+
+def check_budget(resolved: Resolved, rows: int, origin: Origin) -> None:
+    """Refuse a budget that no index of so many vectors keeps, whatever its recall."""
+    try:
+        index_candidates(resolved, rows)
+    except ValueError as error:
+        limit = resolved.pipeline.index.memory_gib
+        memory = f"memory_gib ({limit:g}) for {rows:,} vectors: " if limit is not None else ""
+        raise PipelineFileInvalid([origin.problem("index", f"{memory}{error}")]) from error
 
 
 def chosen_family(resolved: Resolved) -> Family:
@@ -698,7 +734,8 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
             known = index.model_copy(update={"family": spec.family, "codec": spec.codec})
             return pipeline.model_copy(update={"index": known})
         if index.family == "auto":
-            candidates(dimension, metric, LARGE_SHARD, Budget(index.recall, bytes_per_vector=index.bytes_per_vector))
+            budget = Budget(index.recall, bytes_per_vector=index.bytes_per_vector)
+            candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD)
         else:
             faiss_metric(index.family, index.codec, metric)
             _factory(pipeline, index.family, dimension, LARGE_SHARD)

@@ -65,6 +65,7 @@ from penstock.pipelines.planning import (
     Plan,
     Resolved,
     alias_moves,
+    check_budget,
     check_trainable,
     choice_path,
     chosen_before,
@@ -233,6 +234,8 @@ class Run:
         embedded = embedded_of(self.resolved, facts)
         if self.resolved.index_chosen:
             check_trainable(self.resolved, embedded.rows, self._origin)
+        else:
+            check_budget(self.resolved, embedded.rows, self._origin)
         self._write_stage_record(EMBEDDINGS, embedded.embeddings_fingerprint)
         return embedded, self._embeddings(embedded)
 

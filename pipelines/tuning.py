@@ -1,5 +1,6 @@
 """Choose the index by measurement: which configuration keeps what the file asks for, at the least cost."""
 
+import os
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,16 +10,21 @@ from penstock.cluster.jobs.evaluation import EncodeQueriesTask, encode_queries
 from penstock.cluster.jobs.tuning import TuningJob, TuningTask, measure_candidates
 from penstock.cluster.session import Session
 from penstock.operators.indexing import Codec, Family
-from penstock.operators.tuning import Budget, Candidate, Trial, Tuned, candidates, choose, finalists, groups
-from penstock.pipelines.planning import Embedded, Resolved, shard_rows, split_path
+from penstock.operators.tuning import Budget, Candidate, Trial, Tuned, choose, finalists, groups
+from penstock.pipelines.planning import (
+    SCREENING_ROWS,
+    Embedded,
+    Resolved,
+    held_out_rows,
+    index_candidates,
+    shard_rows,
+    split_path,
+)
 from penstock.pipelines.progress import Reporter
 
 # Exact search of so few rows takes a fraction of a millisecond: no measurement could find a better index.
 EXACT_ROWS = 2_000
-LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
-SCREENING_ROWS = 10_000
 SAMPLE_ROWS = 100_000
-HELD_OUT_QUERIES = 500
 
 
 def tune_index(
@@ -37,18 +43,19 @@ def tune_index(
     budget = resolved.budget(embedded.rows)
     rows = shard_rows(resolved, embedded.rows)
     exact = Candidate(Family.FLAT, Codec.NONE, False)
-    grid = candidates(resolved.encoder.dimension, resolved.metric, rows, budget)
+    grid = index_candidates(resolved, embedded.rows)
     fits = exact in grid and budget.latency_ms is None and not exhaustive
-    if embedded.rows < LEAST_ROWS or (rows <= EXACT_ROWS and fits):
+    if not grid or (rows <= EXACT_ROWS and fits):
         only = {"family": exact.family.value, "codec": exact.codec.value, "rerank": exact.rerank}
         return _stamp({"met": True, "chosen": only, "why": f"{rows} vectors a shard are searched exactly"})
     job = _job(session, resolved, embedded, root, budget)
     screening, full = min(SCREENING_ROWS, rows), min(SAMPLE_ROWS, rows)
-    screened = [] if exhaustive else _measure(session, job, grid, screening, reporter, "screening")
+    cpus = _measuring_cpus(session)
+    screened = [] if exhaustive else _measure(session, job, grid, screening, reporter, cpus)
     trials = screened
     if full > screening or exhaustive:
-        promising = grid if exhaustive else finalists(screened, rows, budget)
-        trials = _measure(session, job, promising, full, reporter, "tuning")
+        promising = grid if exhaustive else finalists(screened, budget)
+        trials = _measure(session, job, promising, full, reporter, cpus)
     return _stamp(Tuned(budget, choose(trials, budget), tuple(trials), tuple(screened)).to_json())
 
 
@@ -60,6 +67,11 @@ def unmet(record: dict[str, Any]) -> str:
         f"index: no configuration that was measured keeps {' and '.join(parts)}; the nearest is {chosen['factory']}"
         f"{' with re-ranking' if chosen['rerank'] else ''}"
     )
+
+
+def _measuring_cpus(session: Session) -> float:
+    """CPUs that a measurement takes: all of this machine, so that no other one disturbs it; one of a cluster's."""
+    return 1.0 if os.environ.get("RAY_ADDRESS") else session.resources().get("CPU", 1.0)
 
 
 def _job(session: Session, resolved: Resolved, embedded: Embedded, root: str, budget: Budget) -> TuningJob:
@@ -78,18 +90,18 @@ def _job(session: Session, resolved: Resolved, embedded: Embedded, root: str, bu
         metric=resolved.metric,
         seed=index.seed,
         training_rows=index.training_rows,
-        held_out=min(HELD_OUT_QUERIES, max(1, embedded.rows // 10)),
+        held_out=held_out_rows(embedded.rows),
         queries=queries,
     )
 
 
 def _measure(
-    session: Session, job: TuningJob, grid: list[Candidate], rows: int, reporter: Reporter, name: str
+    session: Session, job: TuningJob, grid: list[Candidate], rows: int, reporter: Reporter, cpus: float
 ) -> list[Trial]:
     tasks = [TuningTask(job, rows, group) for group in groups(grid)]
     trials: list[Trial] = []
-    with reporter.stage(name, len(grid), "configurations") as advance:
-        for found in session.stream(measure_candidates, tasks):
+    with reporter.stage(f"tuning on {rows:,}", len(grid), "configurations") as advance:
+        for found in session.stream(measure_candidates, tasks, cpus=cpus):
             trials += found
             best = choose(trials, job.budget)
             advance(len(found), f"{best.factory}, {best.queries_per_s:,.0f} queries/s")

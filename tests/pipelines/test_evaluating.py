@@ -1,6 +1,6 @@
 import numpy as np
 
-from penstock.cluster.jobs.evaluation import Measured
+from penstock.cluster.jobs.evaluation import Measured, Queries
 from penstock.operators.evaluation import Neighbours
 from penstock.operators.identity import row_hashes
 from penstock.operators.searching import Hits
@@ -21,8 +21,13 @@ def test_a_shard_answers_for_the_neighbours_that_lie_in_it() -> None:
         Measured(shard, (hits([[name if owner[name] == shard else "other" for name in row] for row in truth.ids]),), ())
         for shard in range(3)
     ]
-    assert _shard_recall(perfect, truth, 6) == [1.0, 1.0, 1.0]
+    counts = [list(owner.values()).count(shard) for shard in range(3)]
+    asked = Queries(("a", "b"), np.zeros((2, 2), np.float32), (None, None))
+    found = _shard_recall(perfect, truth, asked, 6, False)
+    assert found == {"shard_recall": [1.0, 1.0, 1.0], "shard_neighbours": counts}
     blind = [perfect[0], Measured(1, (hits([["other"] * 6] * 2),), ()), perfect[2]]
-    assert _shard_recall(blind, truth, 6) == [1.0, 0.0, 1.0]
-    elsewhere = Neighbours(np.array([[name] for name in names if owner[name] == 0][:1], dtype=object), np.ones((1, 1)))
-    assert _shard_recall([Measured(0, (hits([["other"]]),), ())] + perfect[1:], elsewhere, 1) == [0.0, None, None]
+    assert _shard_recall(blind, truth, asked, 6, False)["shard_recall"] == [1.0, 0.0, 1.0]
+    # With exact similarities, a row as similar as the last neighbour counts like it; the query itself never does.
+    assert _shard_recall(blind, truth, asked, 6, True)["shard_recall"] == [1.0, 1.0, 1.0]
+    itself = Queries(("a", "b"), np.zeros((2, 2), np.float32), ("other", "other"))
+    assert _shard_recall(blind, truth, itself, 6, True)["shard_recall"] == [1.0, 0.0, 1.0]

@@ -13,7 +13,7 @@ documents: {type: text, path: docs}
 embedding: {model: mine}
 """
 JUDGED = "evaluate: {k: 5, queries: queries.jsonl, relevance: qrels.tsv}\n"
-MEASURED = {"recall": 0.97, "shard_recall": [0.97], "ndcg": 0.6, "mrr": 0.5}
+MEASURED = {"recall": 0.97, "shard_recall": [0.97], "shard_neighbours": [2000], "ndcg": 0.6, "mrr": 0.5}
 
 
 def _pipeline(text: str) -> PipelineFile:
@@ -83,7 +83,13 @@ def test_each_figure_meets_its_bound() -> None:
 
 
 def test_a_plain_gate_checks_recall_coverage_and_dropped_documents() -> None:
-    checks = gate_checks(_pipeline("gate: {recall: 0.9}\n"), {"recall": 0.97, "shard_recall": [0.97]}, 1.0, 0.01, 0)
+    checks = gate_checks(
+        _pipeline("gate: {recall: 0.9}\n"),
+        {"recall": 0.97, "shard_recall": [0.97], "shard_neighbours": [2000]},
+        1.0,
+        0.01,
+        0,
+    )
     assert [(check.name, check.bound, check.passed) for check in checks] == [
         ("recall@10", 0.9, True),
         ("coverage", 1.0, True),
@@ -93,11 +99,19 @@ def test_a_plain_gate_checks_recall_coverage_and_dropped_documents() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "bound", "passed"),
-    [("{recall: 0.95}", 0.9, False), ("{recall: 0.95, shard_recall: 0.7}", 0.7, True), ("{recall: 0.02}", 0.0, True)],
+    ("gate", "neighbours", "bound", "passed"),
+    [
+        ("{recall: 0.95}", 500, 0.9 - 3 * 0.00975, False),
+        ("{recall: 0.95}", 30, 0.9 - 3 * 0.03979, True),  # 24 of 30 where 28.5 are expected: chance
+        ("{recall: 0.95, shard_recall: 0.7}", 500, 0.7, True),
+        ("{recall: 0.95, shard_recall: 0.85}", 30, 0.85, False),
+        ("{recall: 0.02}", 500, 0.0, True),
+    ],
 )
-def test_the_worst_of_several_shards_has_a_bound_of_its_own(gate: str, bound: float, passed: bool) -> None:
-    measured = {**MEASURED, "shard_recall": [0.99, None, 0.8, 0.95]}
+def test_the_worst_of_several_shards_has_a_bound_of_its_own(
+    gate: str, neighbours: int, bound: float, passed: bool
+) -> None:
+    measured = {**MEASURED, "shard_recall": [0.99, None, 0.8, 0.95], "shard_neighbours": [500, 0, neighbours, 500]}
     checks = gate_checks(_pipeline(f"gate: {gate}\n"), measured, 1.0, 0.0, 0)
     (worst,) = (check for check in checks if check.name == "recall@10 of the worst shard")
-    assert worst.measured == 0.8 and worst.bound == pytest.approx(bound) and worst.passed is passed
+    assert worst.measured == 0.8 and worst.bound == pytest.approx(bound, abs=1e-3) and worst.passed is passed

@@ -9,6 +9,7 @@ import pytest
 
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import Status
+from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.plots import keeps, tuning_svg
 from penstock.pipelines.tuning import unmet
 
@@ -23,6 +24,7 @@ def record(**budget: float | None) -> dict[str, Any]:
             "rerank": family == "ivf",
             "factory": factory,
             "rows": 1000,
+            "shard_rows": 1000,
             "parameters": {"rerank_factor": 1},
             "recall": recall,
             "queries_per_s": queries_per_s,
@@ -101,6 +103,27 @@ def test_a_run_chooses_by_measurement_once_and_builds_that(workspace: Workspace)
     later = workspace.pipeline(index=AUTO, gate={"recall": 0.9}).run()
     assert later is not None and later.tuning == report.tuning  # a little growth does not choose anew
     assert later.version != report.version
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_tuning_again_replaces_the_choice_and_a_resumed_run_still_tells_of_it(workspace: Workspace) -> None:
+    asked = workspace.pipeline(index=AUTO, gate={"recall": 0.9})
+    first = asked.tune()
+    (path,) = (workspace.root / "tuning").glob("*.json")
+    assert json.loads(path.read_text()) == first
+    second = asked.tune()
+    assert json.loads(path.read_text()) == second and second["measured"] >= first["measured"]
+    report = asked.run()
+    assert report is not None and report.tuning == second
+    stricter = workspace.pipeline(index=AUTO, gate={"recall": 0.91}).run()
+    assert stricter is not None and stricter.tuning == second
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_memory_that_no_index_keeps_is_refused_before_anything_is_embedded(workspace: Workspace) -> None:
+    with pytest.raises(PipelineFileInvalid, match=r"index: memory_gib \(1e-06\) for \d+ vectors: bytes_per_vector"):
+        workspace.pipeline(index={"memory_gib": 1e-6}).run()
+    assert not list(workspace.root.glob("stages/embeddings/*/*.parquet"))
 
 
 @pytest.mark.usefixtures("ray_session")
