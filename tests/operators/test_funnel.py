@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from penstock.operators.funnel import FunnelLevel, funnel, halving_levels
 from penstock.operators.indexing import Metric
-from penstock.operators.searching import StoredVectors, exact_inner_products, normalize
+from penstock.operators.searching import exact_inner_products, normalize
+from penstock.operators.vector_store import ArrayVectors
 
 DIMENSION, ROWS, K = 32, 400, 10
 GENERATOR = np.random.default_rng(4)
@@ -92,7 +93,7 @@ def test_candidates_may_be_few_or_none() -> None:
 
 
 def test_stored_vectors_can_be_looked_up() -> None:
-    stored = StoredVectors([VECTORS[:150].astype(np.float16), VECTORS[150:].astype(np.float16)], DIMENSION)
+    stored = ArrayVectors(VECTORS.astype(np.float16))
     levels = halving_levels(4, DIMENSION, K)
     rows, near = funnel(QUERIES, EVERY_ROW, lambda rows, m: stored.take(rows)[:, :m], levels, Metric.COSINE)
     expected = exact(QUERIES)[1]
