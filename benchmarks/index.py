@@ -341,6 +341,14 @@ def ratios(contenders: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
+def bars(found: dict[str, Any]) -> dict[str, bool]:
+    """What the figures must reach."""
+    return {
+        "picked_over_best_peer": found["picked_over_best_peer"] >= 1 and found["picked_bytes_over_best_peer"] <= 1,
+        "small_over_exact": found["small_over_exact"] >= 2,
+    }
+
+
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{result['rows']:,} x {result['dimension']} real vectors, {result['queries']} held-out queries in one batch, "
@@ -354,7 +362,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {one['name']} | {one['bytes_per_vector']:,.0f} | {one['stored_bytes']:,.0f} | {one['recall']:.4f} "
             f"| {one['queries_per_s']:,.0f} | {one['spread']:.0%} | {one['build_s']:.1f} |"
         )
-    return "\n".join([*lines, "", json.dumps(result["ratios"])])
+    verdicts = [f"{name}: {'met' if met else 'MISSED'}" for name, met in bars(result["ratios"]).items()]
+    return "\n".join([*lines, "", json.dumps(result["ratios"]), *verdicts])
 
 
 def _note(line: str) -> None:
@@ -386,6 +395,7 @@ def main() -> None:
     sys.stdout.write(markdown(result) + "\n")
     if options.json:
         sys.stdout.write(json.dumps({**result["ratios"], **result}) + "\n")
+    sys.exit(0 if all(bars(result["ratios"]).values()) else 1)
 
 
 if __name__ == "__main__":
