@@ -6,10 +6,10 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT = 860, 520
-LEFT, RIGHT, TOP, BOTTOM = 80, 30, 50, 60
+LEFT, RIGHT, TOP, BOTTOM = 80, 30, 64, 60
 COLOURS = {"flat": "#6b7280", "hnsw": "#1d4ed8", "ivf": "#b45309"}
 TICK_FACTORS = (1, 2, 5)
-LABEL_OFFSET = 9
+LABEL_OFFSET = 13
 STYLE = "font-family: system-ui, sans-serif; font-size: 12px; fill: #111827"
 
 
@@ -108,10 +108,10 @@ def _labels(trials: Sequence[dict[str, Any]], x: _Axis, y: _Axis) -> list[str]:
 def _legend() -> list[str]:
     parts = []
     for number, (family, colour) in enumerate(COLOURS.items()):
-        across = WIDTH - RIGHT - 200 + 70 * number
-        parts.append(f'<circle cx="{across}" cy="20" r="5" fill="{colour}"/>')
-        parts.append(_text(across + 9, 24, family))
-    parts.append(_text(WIDTH - RIGHT, 42, "filled: keeps the budget; ringed: chosen", "fill: #4b5563", anchor="end"))
+        across = LEFT + 5 + 70 * number
+        parts.append(f'<circle cx="{across}" cy="44" r="5" fill="{colour}"/>')
+        parts.append(_text(across + 9, 48, family))
+    parts.append(_text(WIDTH - RIGHT, 48, "filled: keeps the budget; ringed: chosen", "fill: #4b5563", anchor="end"))
     return parts
 
 

@@ -11,6 +11,7 @@ from penstock.operators.tuning import (
     Candidate,
     Sample,
     Trial,
+    _growth,
     candidates,
     choose,
     finalists,
@@ -168,15 +169,16 @@ def test_the_pareto_front() -> None:
     assert pareto([a, replace(a)]) == [a, a]
 
 
-def test_figures_are_for_a_whole_shard(sample: Sample) -> None:
-    """Exact search takes as many times longer as there are more rows, lists their root, graphs hardly longer."""
+@pytest.mark.parametrize(("family", "expected"), [(Family.FLAT, 100.0), (Family.IVF, 10.0), (Family.HNSW, 1.5)])
+def test_how_much_longer_a_query_takes_in_a_hundred_times_as_many_rows(family: Family, expected: float) -> None:
+    assert _growth(family, 10_000, 1_000_000) == pytest.approx(expected)
+    assert _growth(family, 1, 1) == _growth(family, 5000, 5000) == 1
 
-    def slower(candidate: Candidate) -> float:
-        here, there = (measure(sample, [candidate], BUDGET, 1, 10_000, rows)[0] for rows in (2500, 250_000))
-        return (here.queries_per_s / there.queries_per_s * there.latency_ms / here.latency_ms) ** 0.5
 
-    exact, lists, graph = slower(FLAT), slower(LISTS), slower(GRAPH)
-    assert exact > 2 * lists > 4 * graph  # 100, 10 and 1.6 but for noise of the clock
+def test_the_figures_of_a_trial_are_for_a_whole_shard(sample: Sample) -> None:
+    (found,) = measure(sample, [FLAT], BUDGET, seed=1, training_rows=10_000, shard_rows=2500 * 10**6)
+    assert found.rows == 2500 and found.shard_rows == 2500 * 10**6
+    assert found.latency_ms > 1000 and found.queries_per_s < 100  # a million times as many rows to compare
 
 
 def test_finalists_are_the_fastest_that_keep_recall_and_bytes() -> None:
