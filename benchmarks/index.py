@@ -5,7 +5,7 @@
 FILE.npy holds real vectors, float32 (n, d); where it is not there, passages of docstrings of the installed packages
 are encoded and kept under that name. The last `--queries` rows are held out. Each index is built on one thread, and the
 least search width that reaches the recall is found for each; then all take turns, `--rounds` times, with all queries as
-one batch on one thread. Peers that are not installed are left out and named: hnswlib, usearch, svs.
+one batch on one thread. Peers that are not installed are left out and named: hnswlib, usearch.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def load_vectors(path: Path, rows: int) -> np.ndarray:
     vectors = np.load(path, mmap_mode="r")
     if len(vectors) < rows:
         raise SystemExit(f"--vectors ({path}) holds {len(vectors)} rows; ask for fewer than --rows {rows}")
-    taken: np.ndarray = np.ascontiguousarray(vectors[:rows], dtype=np.float32)
+    taken = np.array(vectors[:rows], dtype=np.float32)
     taken /= np.linalg.norm(taken, axis=1, keepdims=True)
     return taken
 
@@ -154,7 +154,7 @@ def by_hand(vectors: np.ndarray) -> Iterator[Contender]:
     ):
         yield _faiss(factory, parameter, vectors, size)
     yield _faiss_refined(f"IVF1024,PQ{dimension // 4}x4fs", vectors, dimension // 8 + 8 + 4 * dimension)
-    for make in (_hnswlib, _usearch, _svs):
+    for make in (_hnswlib, _usearch):
         try:
             yield make(vectors)
         except ImportError as error:
@@ -239,25 +239,6 @@ def _usearch(vectors: np.ndarray) -> Contender:
     return Contender("usearch M16 bf16", 2 * vectors.shape[1] + 149, 0, build_s, search, WIDTHS[4:])
 
 
-def _svs(vectors: np.ndarray) -> Contender:
-    svs = importlib.import_module("svs")
-    started = time.perf_counter()
-    parameters = svs.VamanaBuildParameters(graph_max_degree=32, window_size=100, alpha=0.95)
-    loader = svs.LVQLoader(vectors, primary=4, residual=8)
-    index = svs.Vamana.build(parameters, loader, svs.DistanceType.MIP, num_threads=1)
-    build_s = time.perf_counter() - started
-
-    def search(width: int) -> Search:
-        def ask(queries: np.ndarray) -> np.ndarray:
-            index.search_window_size = max(width, K)
-            found: np.ndarray = index.search(queries, K)[0].astype(np.int64)
-            return found
-
-        return ask
-
-    return Contender("svs Vamana R32 LVQ4x8", 1.5 * vectors.shape[1] + 4 + 132, 0, build_s, search, WIDTHS[4:])
-
-
 # ---- measuring
 
 
@@ -324,20 +305,17 @@ def _figures(contender: Contender) -> dict[str, Any]:
     }
 
 
-def ratios(contenders: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """The planner's choices over the peers; svs is a ratio of its own."""
+def ratios(contenders: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The planner's choices over the peers."""
     free, small = [one for one in contenders if one["ours"]]
     peers = [one for one in contenders if not one["ours"] and one["recall"] >= RECALL]
-    others = [one for one in peers if not one["name"].startswith("svs")]
-    best = max(others, key=lambda one: one["queries_per_s"])
+    best = max(peers, key=lambda one: one["queries_per_s"])
     exact = next(one for one in contenders if one["name"] == "faiss Flat")
-    svs = [one["queries_per_s"] for one in peers if one["name"].startswith("svs")]
     total = free["bytes_per_vector"] + free["stored_bytes"]
     return {
         "picked_over_best_peer": round(free["queries_per_s"] / best["queries_per_s"], 3),
         "picked_bytes_over_best_peer": round(total / best["bytes_per_vector"], 3),
         "small_over_exact": round(small["queries_per_s"] / exact["queries_per_s"], 3),
-        "svs_share": round(free["queries_per_s"] / svs[0], 3) if svs else None,
     }
 
 
