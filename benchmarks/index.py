@@ -30,13 +30,23 @@ import pyarrow as pa
 
 from penstock.operators.indexing import Metric, ShardBuilder, open_index, requires_training, train_index
 from penstock.operators.searching import ShardSearcher, VectorWriter, open_vectors
-from penstock.operators.tuning import Budget, Sample, Trial, candidates, choose, finalists, groups, make_sample, measure
+from penstock.operators.tuning import (
+    SCREENING_ROWS,
+    Budget,
+    Sample,
+    Trial,
+    candidates,
+    choose,
+    finalists,
+    groups,
+    make_sample,
+    measure,
+)
 
 K = 10
 RECALL = 0.95
 SEED = 20_260_101
 TRAINING_ROWS = 262_144
-SCREENING_ROWS = 10_000
 MEMORY_BUDGET = 128.0
 BUILD_ROWS = 8192
 BUDGETS = {

@@ -22,6 +22,7 @@ RESCORED_VALUES = 2**21  # values of vectors summed again in float64 at once: 16
 TIE_TOLERANCE = 1e-6
 EF_SEARCH_GRID = (16, 32, 64, 128, 256, 512)
 RERANK_GRID = (1, 2, 4, 8, 16, 32)
+TIE_ROOM = 10  # truth keeps so many neighbours more than k, to know which rows tie with the k-th
 MEASURED_K = 10  # recall at 10 is what operating points are chosen by
 # Nanoseconds to compare a query with one row of 384 dimensions on one core (AMD EPYC, 2026): codes in a scan of 30,000
 # rows, stored float16 vectors one by one. What counts is how they compare, which orders the grid.
@@ -111,17 +112,26 @@ def recall_at_k(
     """
     recall = np.full(len(found_ids), np.nan)
     for query, found in enumerate(found_ids[:, :k]):
-        true_count = int(np.count_nonzero(~np.isnan(truth.similarities[query, :k])))
+        true_count, floor, accepted = accepted_neighbours(truth, query, k)
         if true_count == 0:
             continue
-        kth = float(truth.similarities[query, true_count - 1])
-        floor = kth - TIE_TOLERANCE * max(1.0, abs(kth))
-        accepted = set(truth.ids[query, truth.similarities[query] >= floor])
         hit = np.array([row_id in accepted for row_id in found])
         if exact_similarities is not None:
             hit |= exact_similarities[query, : len(found)] >= floor
         recall[query] = min(int(hit.sum()), true_count) / true_count
     return recall
+
+
+def accepted_neighbours(truth: Neighbours, query: int, k: int) -> tuple[int, float, set[str]]:
+    """How many true neighbours a query has, k at most; the similarity from which on a row counts as one; and the ids
+    that are known to reach it, ties with the k-th among them."""
+    near = truth.similarities[query]
+    count = int(np.count_nonzero(~np.isnan(near[:k])))
+    if count == 0:
+        return 0, np.inf, set()
+    kth = float(near[count - 1])
+    floor = kth - TIE_TOLERANCE * max(1.0, abs(kth))
+    return count, floor, set(truth.ids[query, near >= floor])
 
 
 def ndcg_at_k(ranked: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, float]], k: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any, assert_never
 import numpy as np
 import pyarrow as pa
 
-from penstock.operators.evaluation import Neighbours, exact_neighbours, recall_at_k
+from penstock.operators.evaluation import TIE_ROOM, Neighbours, exact_neighbours, recall_at_k
 from penstock.operators.indexing import (
     Codec,
     Family,
@@ -34,7 +34,7 @@ from penstock.operators.indexing import (
 )
 from penstock.operators.searching import SearchParameters, ShardSearcher, StoredVectors, VectorWriter, open_vectors
 
-SCREENING_ROWS = 10_000
+SCREENING_ROWS = 10_000  # of the sample that all candidates are measured on
 FINALISTS = 4
 # A candidate is measured in full when its estimate is at most this many times the best one's.
 PROMISING = 2.5
@@ -47,7 +47,6 @@ LEAST_EF, MOST_EF = 10, 1024
 BUILD_ROWS = 8192
 CENTROID_BYTES = 4.0  # of a component
 STORED_BYTES = 2.0  # of a component of a stored vector
-TIE_ROOM = 10  # truth keeps a few more neighbours than k, to know which rows tie with the k-th
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class Trial:
     """A candidate as measured on `rows` vectors at the operating point that reaches the recall with least work.
 
     Queries are timed in one batch, `latency_ms` one by one, both on one thread; both figures are for a shard of
-    `shard_rows`, by how its family scales. `bytes_per_vector` is of the index
-    file of a whole shard; stored vectors for re-ranking are `rerank_bytes`.
+    `shard_rows`, by how its family scales. `bytes_per_vector` is of the index file of a whole shard; stored vectors for
+    re-ranking are `rerank_bytes`.
     """
 
     candidate: Candidate

@@ -22,9 +22,10 @@ from penstock.cluster.jobs.evaluation import (
 from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.session import Session
 from penstock.operators.evaluation import (
-    TIE_TOLERANCE,
+    TIE_ROOM,
     MeasuredPoint,
     Neighbours,
+    accepted_neighbours,
     choose_operating_point,
     merge_neighbours,
     mrr_at_k,
@@ -42,8 +43,6 @@ from penstock.pipelines.progress import Advance
 SWEEP_QUERIES = 500
 # Fragments that one task searches exactly.
 EXACT_FRAGMENTS = 16
-# Truth keeps a few more neighbours than k, to know which rows tie with the k-th.
-TIE_ROOM = 10
 # Passages searched for each of k documents, since a document may answer with several.
 PASSAGES_PER_DOCUMENT = 5
 
@@ -173,12 +172,9 @@ def _shard_recall(
     and how many lie in it. As for the whole index, a row that is as similar as the k-th neighbour counts like it."""
     found, lying = np.zeros(len(measured), np.int64), np.zeros(len(measured), np.int64)
     for row, names in enumerate(truth.ids):
-        near = truth.similarities[row]
-        count = int(np.count_nonzero(~np.isnan(near[:k])))
+        count, floor, accepted = accepted_neighbours(truth, row, k)
         if count == 0:
             continue
-        floor = near[count - 1] - TIE_TOLERANCE * max(1.0, abs(near[count - 1]))
-        accepted = {str(name) for name in names[near >= floor]}
         owners = np.bincount(shard_of(row_hashes(names[:count].tolist()), len(measured)), minlength=len(measured))
         lying += owners
         for shard, one in enumerate(measured):

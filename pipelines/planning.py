@@ -48,7 +48,7 @@ from penstock.operators.indexing import (
 from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
 from penstock.operators.searching import SearchParameters
-from penstock.operators.tuning import Budget, Candidate, candidates
+from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, candidates
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -60,7 +60,6 @@ SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
 TUNING = "tuning"
 TUNING_VERSION = 1
-SCREENING_ROWS = 10_000  # of the sample that all configurations are measured on
 HELD_OUT_QUERIES = 500
 LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
 LARGE_SHARD = 1_000_000  # rows: no configuration takes fewer bytes per vector in a smaller one

@@ -10,9 +10,8 @@ from penstock.cluster.jobs.evaluation import EncodeQueriesTask, encode_queries
 from penstock.cluster.jobs.tuning import TuningJob, TuningTask, measure_candidates
 from penstock.cluster.session import Session
 from penstock.operators.indexing import Codec, Family
-from penstock.operators.tuning import Budget, Candidate, Trial, Tuned, choose, finalists, groups
+from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, Trial, Tuned, choose, finalists, groups
 from penstock.pipelines.planning import (
-    SCREENING_ROWS,
     Embedded,
     Resolved,
     held_out_rows,
