@@ -26,7 +26,7 @@ from typing import Any, Self, TypeAlias, assert_never
 import numpy as np
 
 from penstock.operators.indexing import MOST_SEED, Metric
-from penstock.operators.searching import normalize
+from penstock.operators.lengths import normalize
 from penstock.operators.tensors import pack, unpack
 
 KIND = "transforms"
