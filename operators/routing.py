@@ -16,6 +16,7 @@ import numpy as np
 
 from penstock.operators.clustering import centroids_of, nearest_cells
 from penstock.operators.indexing import FaissObject, core_index, faiss_threads
+from penstock.operators.search_parameters import SearchParameters, with_defaults
 
 _faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
 
@@ -72,19 +73,33 @@ class Routing:
     cells: np.ndarray
     distances: np.ndarray
     shards: np.ndarray
+    owners: CellOwners
 
     def mean_shards(self) -> float:
         """Shards that a query touches, on average."""
         return float(self.shards.sum(axis=1).mean())
 
-    def probes(self, owners: CellOwners, shard: int, queries: np.ndarray) -> Probes:
+    def probes(self, shard: int, queries: np.ndarray) -> Probes:
         """What to search in a shard that holds its own cells alone, for some of the queries, int64 (n,)."""
         cells, distances = self.cells[queries], self.distances[queries]
-        own = (cells >= 0) & (owners.shard_of_cell[cells] == shard)
+        own = (cells >= 0) & (self.owners.shard_of_cell[cells] == shard)
         width = max(1, int(own.sum(axis=1).max(initial=0)))
         first = np.argsort(~own, axis=1, kind="stable")[:, :width]  # its cells, nearest first, then others
         cells, own, distances = (np.take_along_axis(part, first, axis=1) for part in (cells, own, distances))
-        return Probes(self.vectors[queries], np.where(own, owners.numbers[cells], -1), distances)
+        return Probes(self.vectors[queries], np.where(own, self.owners.numbers[cells], -1), distances)
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """Finds the shards and cells of queries in the trained index, with all cells, that shards were built from."""
+
+    index: faiss.Index
+    owners: CellOwners
+
+    def route(self, queries: np.ndarray, parameters: SearchParameters) -> Routing:
+        """For queries float32 (q, d) behind the chain of transforms, as an operating point says."""
+        known = with_defaults(core_index(self.index), parameters)
+        return route(self.index, queries, known.nprobe or 1, self.owners, known.coverage or 1.0)
 
 
 def route(index: faiss.Index, queries: np.ndarray, nprobe: int, owners: CellOwners, coverage: float = 1.0) -> Routing:
@@ -116,7 +131,7 @@ def route(index: faiss.Index, queries: np.ndarray, nprobe: int, owners: CellOwne
     weights = _shard_weights(cells, owners)
     shards = weights > 0 if coverage == 1 else _heaviest(weights, coverage)
     chosen = np.take_along_axis(shards, owners.shard_of_cell[cells], axis=1)
-    return Routing(vectors, np.where(chosen, cells, -1), distances, shards)
+    return Routing(vectors, np.where(chosen, cells, -1), distances, shards, owners)
 
 
 def search_cells(index: faiss.Index, probes: Probes, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,6 +151,12 @@ def search_cells(index: faiss.Index, probes: Probes, k: int) -> tuple[np.ndarray
 def index_cells(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
     """The cell, int32 (n,), of each floating point (n, d) row in a trained IVF index."""
     return nearest_cells(_quantizer(_ivf(index)), transformed(index, vectors))[0].astype(np.int32)
+
+
+def nearest_of_index(index: faiss.Index, vectors: np.ndarray, count: int) -> np.ndarray:
+    """The nearest cells, int64 (n, count), of each floating point (n, d) row, nearest first."""
+    cells: np.ndarray = _quantizer(_ivf(index)).search(transformed(index, vectors), count)[1]
+    return cells
 
 
 def index_centroids(index: faiss.Index) -> np.ndarray:

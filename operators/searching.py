@@ -7,6 +7,7 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.operators.allowed_rows import search_allowed, search_every_code
 from penstock.operators.indexing import Metric, core_index, similarities
@@ -103,6 +104,10 @@ class ShardSearcher:
         else:
             distances, rows = search_cells(self._index, probes, fetched)
         return self._hits(len(queries), k, self._compared(asked, distances, rows, k))
+
+    def own_ids(self, ids: Sequence[str]) -> frozenset[str]:
+        """Those of the ids that are of rows of this shard."""
+        return self._ids.own(ids)
 
     def _search_allowed(self, asked: "_Asked", k: int, parameters: SearchParameters, allowed: np.ndarray) -> "_Pairs":
         count = self._count(allowed)
@@ -229,6 +234,10 @@ class _IdColumn:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def own(self, ids: Sequence[str]) -> frozenset[str]:
+        wanted = pa.array(list(ids), pa.string())
+        return frozenset(name for chunk in self._chunks for name in chunk.filter(pc.is_in(chunk, wanted)).to_pylist())
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         taken = np.empty(len(rows), dtype=object)
         for chunk, places, local_rows in _by_piece(self._ends, rows):
@@ -248,6 +257,21 @@ def merge_hits(hits: Sequence[Hits], k: int) -> Hits:
     kept = at_least_kth(np.where(rows >= 0, near, -np.inf), k) & (rows >= 0)
     pairs, kept_ids = _Pairs(np.nonzero(kept)[0], near[kept], rows[kept]), ids[kept]
     return _select(counts.pop(), k, pairs, shards[kept], lambda positions: kept_ids[positions])
+
+
+def spread_hits(hits: Hits, queries: np.ndarray, count: int) -> Hits:
+    """The hits of some queries, given by their places among `count`, as hits of all; the others have none."""
+    if len(queries) == count:
+        return hits
+
+    def spread(values: np.ndarray, none: object) -> np.ndarray:
+        whole = np.full((count, values.shape[1]), none, values.dtype)
+        whole[queries] = values
+        return whole
+
+    return Hits(
+        spread(hits.ids, None), spread(hits.similarities, np.nan), spread(hits.shards, -1), spread(hits.rows, -1)
+    )
 
 
 def _by_piece(ends: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

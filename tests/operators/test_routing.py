@@ -73,7 +73,7 @@ def test_routed_shards_give_the_hits_of_one_index(factory: str, nprobe: int) -> 
         index = _owning(trained, owners.cells_of(shard))
         index.add(vectors[inside])
         asked = np.flatnonzero(routing.shards[:, shard])
-        found_near, found = search_cells(index, routing.probes(owners, shard, asked), K)
+        found_near, found = search_cells(index, routing.probes(shard, asked), K)
         part_near, part = np.full((len(queries), K), -np.inf, np.float32), np.full((len(queries), K), -1)
         part_near[asked] = np.where(found >= 0, found_near, -np.inf)
         part[asked] = np.where(found >= 0, inside[found], -1)
