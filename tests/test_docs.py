@@ -265,6 +265,18 @@ def test_options_of_one_family_or_codec_redo_training(workspace: Path) -> None:
     store = LocalStore(Path("demo"))
     pairs = {
         "index.nlist": (["index.family=ivf"], "index.nlist=1", "index.nlist=2"),
+        "index.iterations": (["index.family=ivf"], "index.iterations=0", "index.iterations=1"),
+        "index.transforms": (["index.family=flat"], "index.transforms=[]", "index.transforms=[{type: rotation}]"),
+        "index.sharding": (
+            ["index.family=ivf", "index.nlist=2", "index.shards=2"],
+            "index.sharding=hash",
+            "index.sharding=cluster",
+        ),
+        "index.rerank_codec": (
+            ["index.family=flat", "index.rerank=true"],
+            "index.rerank_codec=float16",
+            "index.rerank_codec=float32",
+        ),
         "index.pq_bytes": (["index.codec=pq"], "index.pq_bytes=24", "index.pq_bytes=48"),
         "index.rabitq_bits": (["index.codec=rabitq"], "index.rabitq_bits=1", "index.rabitq_bits=2"),
         "evaluate.relevance": (
@@ -362,6 +374,7 @@ def _sections() -> dict[str, type[BaseModel]]:
         "workers": config.Workers,
         "deduplicate": config.Deduplicate,
         "index": config.Index,
+        "Transforms": config.Transform,
         "evaluate": config.Evaluate,
         "gate": config.Gate,
         "publish": config.Publish,
