@@ -264,7 +264,8 @@ def _point(point: dict[str, Any]) -> str:
     names = ", ".join(
         f"{name} {value}" for name, value in point["parameters"].items() if (name, value) != ("rerank_factor", 1)
     )
-    return f"{names or 'exact'}, {point['latency_ms']:.2f} ms a query"
+    touched = f", {point['shards']:.1f} shards a query" if "shards" in point else ""
+    return f"{names or 'exact'}, {point['latency_ms']:.2f} ms a query{touched}"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

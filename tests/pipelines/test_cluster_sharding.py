@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from penstock.cluster.catalog import Catalog
+from penstock.cluster.jobs.transforms import DamagedTransforms
 from penstock.cluster.node import CACHE_VARIABLE
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
@@ -205,6 +206,49 @@ def test_k_means_over_all_vectors_and_transforms_before_the_cells(copied: Publis
         found = index.search(queries, 10, parameters=SearchParameters(nprobe=CELLS, coverage=1.0, rerank_factor=4))
     truth = exact(made, queries, 10)
     assert np.mean([len(set(names) & wanted) / 10 for names, wanted in zip(found.ids, truth, strict=True)]) > 0.97
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"type": "centring"}, {"type": "pca", "dimension": 96}],
+        [{"type": "truncation", "dimension": 128}, {"type": "normalization"}],
+        [{"type": "sphering", "dimension": 96}],
+        [{"type": "whitening", "dimension": 96}],
+    ],
+)
+def test_transforms_before_a_flat_index(copied: Published, steps: list[dict[str, Any]]) -> None:
+    index: dict[str, Any] = {"family": "flat", "shards": 2, "recall": 0.9, "rerank": True, "transforms": steps}
+    if steps[0]["type"] == "sphering":
+        asked = copied.workspace.folder / "asked.jsonl"
+        texts = ["how to reshape an array", "the mean along an axis", "read numbers from a text file"] * 10
+        asked.write_text("".join(json.dumps({"text": f"{text} {number}"}) + "\n" for number, text in enumerate(texts)))
+        index["queries"] = str(asked)
+    made = run(copied.workspace, index=index)
+    assert made.manifest["dimension"] == DIMENSION and made.manifest["faiss"]["dimension"] == steps[-1].get(
+        "dimension", 128
+    )
+    queries = queries_of(made)
+    with open_index(str(made.root), "live") as opened:
+        found = opened.search(queries, 10)
+    truth = exact(made, queries, 10)
+    assert np.mean([len(set(names) & wanted) / 10 for names, wanted in zip(found.ids, truth, strict=True)]) > 0.8
+    near = made.vectors()
+    assert found.similarities[0, 0] == pytest.approx(float(queries[0] @ near[found.ids[0, 0]]), abs=1e-3)
+
+
+def test_damaged_transforms_are_refused(copied: Published) -> None:
+    index = {"family": "flat", "shards": 1, "recall": 0.5, "transforms": [{"type": "rotation", "seed": 3}]}
+    run(copied.workspace, index=index)
+    path = next(copied.root.glob("stages/transforms/*/transforms.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    for kind in ("training", "shards"):
+        shutil.rmtree(copied.root / "stages" / kind)
+    with pytest.raises(DamagedTransforms, match=r"must have sha256 .* remove the two files of their folder"):
+        run(copied.workspace, index={**index, "training_rows": 100})
 
 
 @pytest.mark.parametrize(
