@@ -12,11 +12,13 @@ import typer
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
 from penstock.cluster.file_cache import DamagedFile
+from penstock.cluster.jobs.clustering import DamagedCentroids
 from penstock.cluster.jobs.embeddings import RowsLost
 from penstock.cluster.jobs.evaluation import QueriesInvalid
 from penstock.cluster.jobs.passages import SourceChanged
 from penstock.cluster.jobs.selection import DuplicateDocumentIds
 from penstock.cluster.jobs.training import DamagedTraining
+from penstock.cluster.jobs.transforms import DamagedTransforms
 from penstock.cluster.leases import LeaseHeld, LeaseLost
 from penstock.cluster.session import Session, WorkFailed
 from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store, StoreUnsuitable, open_store
@@ -67,7 +69,9 @@ EXIT_CODES: dict[type[BaseException], int] = {
     QueriesInvalid: EXIT_INVALID,
     AliasUnknown: EXIT_INVALID,
     CodeNotTrusted: EXIT_INVALID,
+    DamagedCentroids: EXIT_FAILED,
     DamagedTraining: EXIT_FAILED,
+    DamagedTransforms: EXIT_FAILED,
     GraceTooShort: EXIT_INVALID,
     DuplicateDocumentIds: EXIT_INVALID,
     StoreUnsuitable: EXIT_INVALID,
