@@ -45,8 +45,8 @@ from scale import Memory, Sampler, end_left_behind, stop
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.fragments import read_fragment, vectors_of
-from penstock.cluster.jobs.shards import FAISS, IDS, VECTORS
-from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, shard_file, stage_folder
+from penstock.cluster.jobs.shards import FAISS, IDS, VECTORS, FileRecord, ShardRecord, shard_record_path
+from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, shard_file, stage_folder
 from penstock.cluster.published import read_ipc
 from penstock.cluster.session import LOCAL_ENVIRONMENT, LOCAL_OBJECT_STORE_BYTES
 from penstock.cluster.storage import Store, open_store
@@ -62,8 +62,9 @@ FRAGMENT_ROWS = 65_536  # as many passages of half a kilobyte as a fragment of 3
 NAME, ALIAS = "builds", "live"
 WORKERS = (1, 2)
 SAMPLE_S = 0.1
-GATE_FAILED = 3
+STOPPED = 130  # exit code of a run that Ctrl-C ended
 BLOCK_ROWS = 65_536
+GAP_COPIES = 4
 GAP_CANDIDATES = 100  # of all shards together; with 10 the luck of training decides, 0.4 points either way
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 PROBES = (4, 8, 16, 32, 64, 128, 256)
@@ -193,7 +194,6 @@ def pipeline_text(options: argparse.Namespace, corpus: Corpus, root: Path | None
 class Ran:
     """A run that ended, and when its stages began and ended, in seconds of one clock."""
 
-    version: str = ""
     stage_s: dict[str, float] = field(default_factory=dict)
     began_s: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
@@ -225,14 +225,13 @@ class Events:
                     self.ran.began_s.setdefault(self.stage, time.perf_counter())
                 case "stage_finished":
                     self.ran.stage_s[event["stage"]] = event["seconds"]
-                case "report":
-                    self.ran.version = event["version"]
                 case _:
                     pass
 
 
-def run_pipeline(file: Path, workers: int, sample: bool = False) -> Ran:
-    """`penstock run FILE` in a process of its own, on a session of so many one-thread workers."""
+def run_pipeline(file: Path, workers: int, only_build: bool = False, sample: bool = False) -> Ran:
+    """`penstock run FILE` in a process of its own, on a session of so many one-thread workers; where it is to build
+    only, it is stopped as by Ctrl-C when all shards are finished."""
     command = [sys.executable, __file__, "--run", str(file), str(workers)]
     log = file.with_suffix(".log")
     with log.open("wb") as errors:
@@ -240,7 +239,10 @@ def run_pipeline(file: Path, workers: int, sample: bool = False) -> Ran:
     events, sampler = Events(process.stdout), Sampler(psutil.Process(process.pid))
     try:
         while process.poll() is None:
-            if sample and events.stage != EVALUATION:
+            if only_build and events.stage == EVALUATION:
+                stop(process, sampler)
+                break
+            if sample:
                 sampler.sample(events.stage)
             time.sleep(SAMPLE_S)
     except BaseException:
@@ -248,7 +250,7 @@ def run_pipeline(file: Path, workers: int, sample: bool = False) -> Ran:
         raise
     events.join()
     end_left_behind(sampler)
-    if process.returncode not in (0, GATE_FAILED):
+    if process.wait() not in ((STOPPED,) if only_build else (0,)):
         raise SystemExit(f"`penstock run` ended with code {process.returncode}:\n{log.read_text()[-2000:]}")
     events.ran.memory = sampler.kinds
     return events.ran
@@ -273,24 +275,26 @@ def run_here(file: str, workers: int) -> None:
     cli.main()
 
 
-def build_again(options: argparse.Namespace, corpus: Corpus, workers: int, sample: bool = False) -> tuple[Ran, Path]:
-    """Train and build once more, under another root, which has the vectors of the first one (as hard links)."""
+def build_again(
+    options: argparse.Namespace, corpus: Corpus, workers: int, sample: bool = False
+) -> tuple[Ran, dict[str, FileRecord]]:
+    """Train and build once more, under another root, which has the vectors of the first one (as hard links); what ran,
+    and the files of all shards."""
     root = corpus.folder / f"again-{workers}"
     shutil.rmtree(root, ignore_errors=True)
     for stage in (PASSAGES, SELECTION, EMBEDDINGS):
         shutil.copytree(corpus.root / "stages" / stage, root / "stages" / stage, copy_function=os.link)
     file = corpus.folder / f"again-{workers}.yaml"
     file.write_text(pipeline_text(options, corpus, root))
-    return run_pipeline(file, workers, sample), root
+    return run_pipeline(file, workers, only_build=True, sample=sample), built_files(root, options.shards)
 
 
-def manifest_of(root: Path, version: str) -> dict[str, Any]:
-    return dict(Catalog(open_store(str(root)), NAME).manifest(version))
-
-
-def hashes_of(manifest: dict[str, Any]) -> dict[str, str]:
-    """File name → sha256 of all files of all shards."""
-    return {file["name"]: file["sha256"] for shard in manifest["shards"] for file in shard["files"]}
+def built_files(root: Path, shards: int) -> dict[str, FileRecord]:
+    """The files of all shards, as the records say that stand beside finished ones."""
+    store = open_store(str(root))
+    (fingerprint,) = store.folders(f"stages/{SHARDS}")
+    records = [ShardRecord.from_json(store.read(shard_record_path(fingerprint, shard))) for shard in range(shards)]
+    return {file.name: file for record in records for file in record.files}
 
 
 # ---- parts: build, memory
@@ -299,12 +303,12 @@ def hashes_of(manifest: dict[str, Any]) -> dict[str, str]:
 def measure_builds(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """Builds with one and two workers in turns: seconds, stages, and whether all gave the same bytes."""
     runs: dict[int, list[Ran]] = {workers: [] for workers in WORKERS}
-    contents: list[dict[str, str]] = []
+    built: list[dict[str, FileRecord]] = []
     for _ in range(options.rounds):
         for workers in WORKERS:
-            ran, root = build_again(options, corpus, workers)
+            ran, files = build_again(options, corpus, workers)
             runs[workers].append(ran)
-            contents.append(hashes_of(manifest_of(root, ran.version)))
+            built.append(files)
             note(f"{workers} worker(s): {ran.build_s:.1f} s, {stage_text(ran)}")
     seconds = {workers: statistics.median(ran.build_s for ran in runs[workers]) for workers in WORKERS}
     pace = options.rows / seconds[1]
@@ -316,7 +320,7 @@ def measure_builds(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any
         "vectors_per_s_per_core": round(pace),
         "published_vectors_per_s_per_core": PUBLISHED_PACE,
         "pace_at_published_dimension": round(pace * corpus.queries.shape[1] / PUBLISHED_DIMENSION),
-        "same_bytes": all(content == contents[0] for content in contents),
+        "same_bytes": all(files == built[0] for files in built),
     }
 
 
@@ -332,9 +336,9 @@ def median_stages(runs: Sequence[Ran]) -> dict[str, float]:
 def measure_memory(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """Private memory (heap and stacks, of each process alone) and the kernel's mark of resident memory (with mapped
     files and Ray's shared pages), by what the worker did, up to the last shard."""
-    ran, root = build_again(options, corpus, WORKERS[-1], sample=True)
+    ran, files = build_again(options, corpus, WORKERS[-1], sample=True)
     workers = {kind: memory for kind, memory in ran.memory.items() if kind.startswith("worker ")}
-    shard = max(file["size_bytes"] for one in manifest_of(root, ran.version)["shards"] for file in faiss_files(one))
+    shard = max(file.size_bytes for file in files.values() if file.name.endswith(f".{FAISS}"))
     over = {kind: (memory.private - shard) / MIB for kind, memory in workers.items()}
     worst = max(over, key=lambda kind: over[kind])
     return {
@@ -344,10 +348,6 @@ def measure_memory(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any
         "private_mib": {kind: round(memory.private / MIB, 1) for kind, memory in workers.items()},
         "resident_mark_mib": {kind: round(memory.peak / MIB, 1) for kind, memory in workers.items()},
     }
-
-
-def faiss_files(shard: dict[str, Any]) -> list[dict[str, Any]]:
-    return [file for file in shard["files"] if file["name"].endswith(f".{FAISS}")]
 
 
 # ---- parts: gap, routing
@@ -380,8 +380,25 @@ class Truth:
         return np.array([len(set(row) & set(real)) / K for row, real in pairs])
 
 
-def read_truth(corpus: Corpus, rows: int) -> Truth:
-    """The stored vectors, by document number, and the exact neighbours of the queries."""
+def exact(vectors: np.ndarray, queries: np.ndarray) -> Truth:
+    """The exact neighbours, found on all processors."""
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    nearest = faiss.knn(queries, vectors, K, faiss.METRIC_INNER_PRODUCT)[1]
+    faiss.omp_set_num_threads(1)
+    return Truth(vectors, queries, nearest)
+
+
+def noisy(queries: np.ndarray, noise: float) -> np.ndarray:
+    """Each query several times, with noise of its own as rows have it, so that a small difference is told from luck."""
+    several = np.repeat(queries, GAP_COPIES, axis=0)
+    scale = noise / np.sqrt(queries.shape[1])
+    several += np.random.default_rng(SEED + 2).normal(scale=scale, size=several.shape).astype(np.float32)
+    several /= np.linalg.norm(several, axis=1, keepdims=True)
+    return several
+
+
+def read_vectors(corpus: Corpus, rows: int) -> np.ndarray:
+    """The stored vectors float32 (n, d), row i being document i."""
     store = open_store(str(corpus.root))
     vectors = np.empty((rows, corpus.queries.shape[1]), np.float32)
     seen = 0
@@ -391,8 +408,7 @@ def read_truth(corpus: Corpus, rows: int) -> Truth:
         seen += table.num_rows
     if seen != rows:
         raise SystemExit(f"embeddings of {corpus.root} must be {rows} rows, got {seen}; take another --work")
-    nearest = faiss.knn(corpus.queries, vectors, K, faiss.METRIC_INNER_PRODUCT)[1]
-    return Truth(vectors, corpus.queries, nearest)
+    return vectors
 
 
 def fragments_of(store: Store) -> list[str]:
@@ -423,11 +439,11 @@ def shard_files(corpus: Corpus, manifest: dict[str, Any]) -> list[ShardFile]:
     return shards
 
 
-def measure_gap(corpus: Corpus, manifest: dict[str, Any], truth: Truth) -> dict[str, Any]:
+def measure_gap(corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarray, noise: float) -> dict[str, Any]:
     """Recall of the shards, all searched, minus that of single indexes of the same lists and codes, each giving the
     same number of candidates by code at the same nprobe, which are then ranked by the stored vectors."""
     nprobe, count = int(manifest["operating_point"]["parameters"]["nprobe"]), GAP_CANDIDATES
-    shards = shard_files(corpus, manifest)
+    shards, truth = shard_files(corpus, manifest), exact(vectors, noisy(corpus.queries, noise))
     own = truth.hits(truth.rerank(candidates_of(shards, truth.queries, nprobe, count)))
     started = time.perf_counter()
     by_hand = build_by_hand(manifest["faiss"]["factory"], truth.vectors)
@@ -444,6 +460,7 @@ def measure_gap(corpus: Corpus, manifest: dict[str, Any], truth: Truth) -> dict[
         "by_hand_s": round(by_hand_s, 1),
         "nprobe": nprobe,
         "candidates": count,
+        "queries": len(own),
     }
 
 
@@ -475,9 +492,10 @@ def one_of_shards(shard: faiss.Index, vectors: np.ndarray) -> faiss.Index:
     return index
 
 
-def measure_routing(corpus: Corpus, manifest: dict[str, Any], truth: Truth) -> dict[str, Any]:
+def measure_routing(corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarray) -> dict[str, Any]:
     """What the manifest says, the recall of the reader on our queries, and the least that searching the shard files
     with other settings takes."""
+    truth = exact(vectors, corpus.queries)
     with open_index(str(corpus.root), ALIAS) as index:
         found = index.search(truth.queries, K)
     numbers = np.array([[int(str(name).partition("#")[0]) for name in row] for row in found.ids.tolist()])
@@ -658,26 +676,26 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with open_index(str(corpus.root), ALIAS) as index:
         manifest = index.manifest
     found: dict[str, Any] = {"factory": manifest["faiss"]["factory"]}
-    truth = read_truth(corpus, options.rows) if {"gap", "routing"} & set(options.parts) else None
+    vectors = read_vectors(corpus, options.rows) if {"gap", "routing"} & set(options.parts) else None
     for part in options.parts:
         started = time.perf_counter()
-        found[part] = measure_part(part, options, corpus, manifest, truth)
+        found[part] = measure_part(part, options, corpus, manifest, vectors)
         note(f"{part} took {time.perf_counter() - started:.0f} s: {json.dumps(found[part])}")
     return found
 
 
 def measure_part(
-    part: str, options: argparse.Namespace, corpus: Corpus, manifest: dict[str, Any], truth: Truth | None
+    part: str, options: argparse.Namespace, corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarray | None
 ) -> dict[str, Any]:
     match part:
         case "build":
             return measure_builds(options, corpus)
         case "memory":
             return measure_memory(options, corpus)
-        case "gap" if truth:
-            return measure_gap(corpus, manifest, truth)
-        case "routing" if truth:
-            return measure_routing(corpus, manifest, truth)
+        case "gap" if vectors is not None:
+            return measure_gap(corpus, manifest, vectors, options.noise)
+        case "routing" if vectors is not None:
+            return measure_routing(corpus, manifest, vectors)
         case "cold":
             return measure_cold(options, corpus, manifest)
         case _:
