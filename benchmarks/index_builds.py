@@ -50,7 +50,7 @@ from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION,
 from penstock.cluster.published import read_ipc
 from penstock.cluster.session import LOCAL_ENVIRONMENT, LOCAL_OBJECT_STORE_BYTES
 from penstock.cluster.storage import Store, open_store
-from penstock.operators.routing import Routing, route, search_cells
+from penstock.operators.routing import route, search_cells
 from penstock.pipelines.reader import open_index
 
 PARTS = ("build", "memory", "gap", "routing", "cold")
@@ -67,7 +67,7 @@ BLOCK_ROWS = 65_536
 GAP_COPIES = 4
 GAP_CANDIDATES = 100  # of all shards together; with 10 the luck of training decides, 0.4 points either way
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
-PROBES = (4, 8, 16, 32, 64, 128, 256)
+PROBES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 SEARCHED_FILES = (FAISS, IDS, VECTORS)  # of a shard: what a search without rows opens
 CHUNK_BYTES = 1 << 20
 PUBLISHED_PACE, PUBLISHED_DIMENSION = 1_600, 768  # autofaiss: vectors per second and core, OPQ + IVF + PQ
@@ -522,19 +522,34 @@ def stated_shards(part: object) -> float | None:
 
 
 def sweep(shards: Sequence[ShardFile], manifest: dict[str, Any], truth: Truth) -> list[dict[str, float]]:
-    """For each coverage the least nprobe that reaches the recall, and how many shards it touches."""
+    """For each coverage the least nprobe that reaches the recall, which is no less than with more coverage, and how
+    many shards it touches; it ends where no nprobe does."""
     owner = owners(shards)
     factor = int(manifest["operating_point"]["parameters"].get("rerank_factor", 1))
-    rows = []
+    probes, found = iter(PROBES), []
+    nprobe = next(probes)
     for coverage in COVERAGES:
-        for nprobe in PROBES:
-            routing = route(shards[0].index, truth.queries, nprobe, owner, coverage)
-            recall = float(truth.hits(truth.rerank(routed(shards, routing, K * factor))).mean())
-            if recall >= RECALL:
-                touched = round(routing.mean_shards(), 3)
-                rows.append({"coverage": coverage, "nprobe": nprobe, "recall": round(recall, 4), "shards": touched})
-                break
-    return rows
+        while (row := routed_recall(shards, owner, truth, nprobe, coverage, K * factor))["recall"] < RECALL:
+            nprobe = next(probes, 0)
+            if not nprobe:
+                return found
+        found.append(row)
+    return found
+
+
+def routed_recall(
+    shards: Sequence[ShardFile], owner: np.ndarray, truth: Truth, nprobe: int, coverage: float, count: int
+) -> dict[str, float]:
+    """Recall and shards touched where each shard that a query is routed to gives `count` candidates."""
+    routing = route(shards[0].index, truth.queries, nprobe, owner, coverage)
+    found = np.full((len(routing.vectors), len(shards), count), -1, np.int64)
+    for place, shard in enumerate(shards):
+        queries = np.flatnonzero(routing.shards[:, place])
+        rows = search_cells(shard.index, routing, queries, count)[1]
+        found[queries, place] = np.where(rows >= 0, shard.numbers[rows], -1)
+    recall = float(truth.hits(truth.rerank(found.reshape(len(found), -1))).mean())
+    touched = routing.mean_shards()
+    return {"coverage": coverage, "nprobe": nprobe, "recall": round(recall, 4), "shards": round(touched, 3)}
 
 
 def owners(shards: Sequence[ShardFile]) -> np.ndarray:
@@ -545,16 +560,6 @@ def owners(shards: Sequence[ShardFile]) -> np.ndarray:
     if ((sizes > 0).sum(axis=0) > 1).any():
         raise SystemExit("cells must lie in one shard each with cluster sharding, got some in several")
     return sizes.argmax(axis=0).astype(np.int32)
-
-
-def routed(shards: Sequence[ShardFile], routing: Routing, count: int) -> np.ndarray:
-    """The candidates int64 (q, S * count) of each query from the shards it is routed to, -1 elsewhere."""
-    found = np.full((len(routing.vectors), len(shards), count), -1, np.int64)
-    for place, shard in enumerate(shards):
-        queries = np.flatnonzero(routing.shards[:, place])
-        rows = search_cells(shard.index, routing, queries, count)[1]
-        found[queries, place] = np.where(rows >= 0, shard.numbers[rows], -1)
-    return found.reshape(len(found), -1)
 
 
 # ---- part: cold
