@@ -128,7 +128,7 @@ def vector_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def _is_vector(kind: pa.DataType) -> bool:
-    return pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)
+    return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type))
 
 
 def _overlaps(statistics: pq.Statistics | None, first: int, last: int) -> bool:
