@@ -46,7 +46,7 @@ from penstock.pipelines.planning import (
     make_chain,
     resolve,
 )
-from penstock.pipelines.publishing import make_manifest, move_alias, publish_manifest, write_lineage
+from penstock.pipelines.publishing import Placed, make_manifest, move_alias, publish_manifest, write_lineage
 
 BAR_S = 30.0
 BAR_BYTES = 1 << 30
@@ -150,7 +150,9 @@ def _publish(pipeline: Pipeline, resolved: Resolved, chain: Chain) -> None:
     write_sources(store, run_id, resolved.files)
     entries = [StageEntry(DOCUMENTS, len(resolved.files), len(resolved.files))]
     lineage = write_lineage(store, folder, resolved, chain)
-    publish_manifest(catalog, make_manifest(resolved, chain, run_id, shards, lineage, evaluation, [], entries))
+    publish_manifest(
+        catalog, make_manifest(resolved, chain, run_id, Placed(shards, (), lineage), evaluation, [], entries)
+    )
     move_alias(catalog, "live", chain.version, 0, run_id)
 
 

@@ -4,21 +4,33 @@ used."""
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import faiss
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
 from penstock.cluster.file_cache import FileCache, damaged, sha256_of
+from penstock.cluster.jobs.placement import read_owners
 from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, FileRecord, ShardRecord
 from penstock.cluster.layout import shard_file
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.node import cache_folder, cache_limit_bytes
 from penstock.cluster.storage import Store, checked_path
+from penstock.operators.entrance import Entrance
 from penstock.operators.indexing import Family, Metric, open_index
+from penstock.operators.routing import Router
 from penstock.operators.searching import ShardSearcher, open_vectors
+from penstock.operators.transforms import Chain
+
+_faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
 
 OBJECTS = "objects"
+TRANSFORMS_FILE, ROUTING_FILE, OWNERS_FILE = "transforms.safetensors", "routing.faiss", "owners.json"
+VERSION_FILES = (TRANSFORMS_FILE, ROUTING_FILE, OWNERS_FILE)
 
 
 @contextmanager
@@ -37,7 +49,33 @@ def hold_file(store: Store, folder: str, record: FileRecord) -> Iterator[Path]:
         yield path
 
 
-def open_searcher(store: Store, shard: ShardRecord, family: Family, metric: Metric) -> ShardSearcher:
+@dataclass(frozen=True)
+class VersionFiles:
+    """The files of a version that are of no single shard, in its folder."""
+
+    folder: str
+    files: tuple[FileRecord, ...] = ()
+
+    def open_entrance(self, store: Store) -> Entrance:
+        """What queries pass before they reach the shards."""
+        chain, index, owners = (self._read(store, name) for name in VERSION_FILES)
+        router = None
+        if index is not None and owners is not None:
+            router = Router(_faiss.deserialize_index(np.frombuffer(index, np.uint8)), read_owners(owners))
+        return Entrance(None if chain is None else Chain.from_bytes(chain), router)
+
+    def _read(self, store: Store, name: str) -> bytes | None:
+        """A file that was just hashed, or None where the version has no such."""
+        record = next((file for file in self.files if file.name == name), None)
+        if record is None:
+            return None
+        with hold_file(store, self.folder, record) as path:
+            return path.read_bytes()
+
+
+def open_searcher(
+    store: Store, shard: ShardRecord, family: Family, metric: Metric, chain: Chain | None = None
+) -> ShardSearcher:
     """A searcher over the files of one shard; the cache keeps them for as long as it lives."""
     with ExitStack() as files:
 
@@ -48,7 +86,7 @@ def open_searcher(store: Store, shard: ShardRecord, family: Family, metric: Metr
         ids = read_ipc(local(IDS)).column("id")
         has_vectors = any(record.name == shard_file(shard.shard, VECTORS) for record in shard.files)
         vectors = open_vectors(local(VECTORS)) if has_vectors else None
-        searcher = ShardSearcher(index, ids, vectors, metric, shard.shard)
+        searcher = ShardSearcher(index, ids, vectors, metric, shard.shard, chain)
         weakref.finalize(searcher, files.pop_all().close)
     return searcher
 

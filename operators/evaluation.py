@@ -5,7 +5,7 @@ that are judged relevant.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import assert_never
 
@@ -23,6 +23,9 @@ TIE_TOLERANCE = 1e-6
 EF_SEARCH_GRID = (16, 32, 64, 128, 256, 512)
 RERANK_GRID = (1, 2, 4, 8, 16, 32)
 TIE_ROOM = 10  # truth keeps so many neighbours more than k, to know which rows tie with the k-th
+# Shares of the weight of a query's cells, and multiples of the cells it needs, to try where shards own cells.
+COVERAGES = (1.0, 0.95, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.75, 0.7)
+WIDER_PROBES = (1, 1.4, 2, 2.8, 4)
 MEASURED_K = 10  # recall at 10 is what operating points are chosen by
 # Nanoseconds to compare a query with one row of 384 dimensions on one core (AMD EPYC, 2026): codes in a scan of 30,000
 # rows, stored float16 vectors one by one. What counts is how they compare, which orders the grid.
@@ -55,11 +58,13 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """Search parameters with the recall and the latency of one query that were measured for them."""
+    """Search parameters with what was measured for them: recall, latency of one query, and how many shards a query
+    needs on average, where not all."""
 
     parameters: SearchParameters
     recall: float
     latency_ms: float
+    shards: float | None = None
 
 
 def exact_neighbours(
@@ -185,6 +190,23 @@ def choose_operating_point(measured: Sequence[MeasuredPoint], recall: float) -> 
     if reaching:
         return reaching[0]
     return max(measured, key=lambda point: point.recall)
+
+
+def routed_points(spec: IndexSpec, least: SearchParameters) -> list[SearchParameters]:
+    """The search parameters to measure where shards own cells, from those that are the cheapest over all probed cells:
+    more cells in the shards that matter most can replace the other shards."""
+    if least.nprobe is None:
+        raise ValueError(f"search parameters ({least.to_json()}) must name nprobe where shards own cells")
+    nprobes = {min(nlist_of(spec), round(least.nprobe * more)) for more in WIDER_PROBES}
+    return [replace(least, nprobe=nprobe, coverage=part) for nprobe in sorted(nprobes) for part in COVERAGES]
+
+
+def choose_routed_point(measured: Sequence[MeasuredPoint], recall: float) -> MeasuredPoint:
+    """The point that reaches the recall in the fewest shards, the first of equals; else the one with most recall."""
+    reaching = [point for point in measured if point.recall >= recall]
+    if reaching:
+        return min(reaching, key=lambda point: point.shards or 0.0)
+    return choose_operating_point(measured, recall)
 
 
 def _blocks(batches: Iterable[tuple[pa.Array, np.ndarray]], queries: int) -> Iterator[tuple[pa.Array, np.ndarray]]:

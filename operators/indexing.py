@@ -6,7 +6,7 @@ filled from, so that all shards share centroids, code books and rotation.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -230,6 +230,11 @@ def faiss_metric(family: Family, codec: Codec, metric: Metric) -> int:
     )
 
 
+def compares_products(spec: IndexSpec) -> bool:
+    """Whether the index compares by inner product, so that its centroids are of unit length; else by distance."""
+    return faiss_metric(spec.family, spec.codec, spec.metric) == faiss.METRIC_INNER_PRODUCT
+
+
 def similarities(distances: np.ndarray, metric_type: int) -> np.ndarray:
     """Inner products from what faiss returns, float32: as they are, or 1 - squared L2 distance / 2 of unit vectors."""
     if metric_type == faiss.METRIC_INNER_PRODUCT:
@@ -334,12 +339,15 @@ def nlist_of(spec: IndexSpec) -> int:
     return _anatomy_of(spec).lists
 
 
-def train_index(spec: IndexSpec, sample: np.ndarray, threads: int = 1) -> bytes:
+def train_index(
+    spec: IndexSpec, sample: np.ndarray, threads: int = 1, plant: Callable[..., None] | None = None
+) -> bytes:
     """The trained empty index in bytes, the same for the same spec, sample and thread count.
 
     Args:
         sample: float32 (n, d) in hash order, of which the first `spec.training_rows` are read. May be empty when the
             spec requires no training.
+        plant: called with the untrained index and `sample`, to give it centroids that were found elsewhere.
     """
     _refuse_shape(sample, spec.dimension, "training sample")
     rows = np.ascontiguousarray(sample[: spec.training_rows], dtype=np.float32)
@@ -352,6 +360,8 @@ def train_index(spec: IndexSpec, sample: np.ndarray, threads: int = 1) -> bytes:
     index = _empty_index(spec)
     if requires_training(spec):
         with faiss_threads(threads):
+            if plant:
+                plant(index, sample=rows)
             index.train(rows)
     _refuse_other_metric(spec, index)
     trained: bytes = _faiss.serialize_index(index).tobytes()

@@ -1,21 +1,61 @@
-"""Which shards a query needs where each owns whole cells of an IVF index, and how to add to and search given cells.
+"""Which shards a query needs where each owns whole cells of an IVF index, and how to search given cells.
 
-All shards are built from one trained index, so that a cell means the same in each; cells of other shards are empty. A
-query's cells are found once, and each shard that owns any of them is searched in exactly these: together they give
-what one index with all rows gives, to the bit unless transforms are products of matrices, which round a row otherwise
-in another batch (similarities then differ by about 1e-7).
+All shards are built from one trained index, of which each keeps its own cells. A query's cells are found once, in the
+trained index, and each shard that owns any of them is searched in exactly these: together they give what one index with
+all rows gives, to the bit but for two things: transforms that are products of matrices round a row otherwise in another
+batch (similarities then differ by about 1e-7), and RaBitQ fast-scan rounds its tables by all cells that are searched
+together (its estimates differ by less than 0.01).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import faiss
 import numpy as np
 
 from penstock.operators.clustering import centroids_of, nearest_cells
-from penstock.operators.indexing import FaissObject, core_index
+from penstock.operators.indexing import FaissObject, core_index, faiss_threads
+from penstock.operators.search_parameters import SearchParameters, with_defaults
 
 _faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
+
+
+@dataclass(frozen=True, eq=False)
+class CellOwners:
+    """Which shard owns each cell: int32 (k,), the shards being 0..count - 1. Within a shard, its cells are numbered in
+    ascending order."""
+
+    shard_of_cell: np.ndarray
+    count: int
+
+    def cells_of(self, shard: int) -> np.ndarray:
+        """The cells of a shard, ascending, int64 (n,)."""
+        return np.flatnonzero(self.shard_of_cell == shard)
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """The number of each cell among those of its shard, int64 (k,)."""
+        order = np.argsort(self.shard_of_cell, kind="stable")
+        owners = self.shard_of_cell[order]
+        numbers = np.empty(len(order), np.int64)
+        numbers[order] = np.arange(len(order)) - np.searchsorted(owners, owners)
+        return numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Cells of one shard to search for q queries.
+
+    Attributes:
+        vectors: float32 (q, d), the queries behind the transforms of the index.
+        cells: int64 (q, n), numbers of the cells within the shard, -1 where there is none.
+        distances: float32 (q, n), what faiss measured to their centroids.
+    """
+
+    vectors: np.ndarray
+    cells: np.ndarray
+    distances: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +73,36 @@ class Routing:
     cells: np.ndarray
     distances: np.ndarray
     shards: np.ndarray
+    owners: CellOwners
 
     def mean_shards(self) -> float:
         """Shards that a query touches, on average."""
         return float(self.shards.sum(axis=1).mean())
 
+    def probes(self, shard: int, queries: np.ndarray) -> Probes:
+        """What to search in a shard that holds its own cells alone, for some of the queries, int64 (n,)."""
+        cells, distances = self.cells[queries], self.distances[queries]
+        own = (cells >= 0) & (self.owners.shard_of_cell[cells] == shard)
+        width = max(1, int(own.sum(axis=1).max(initial=0)))
+        first = np.argsort(~own, axis=1, kind="stable")[:, :width]  # its cells, nearest first, then others
+        cells, own, distances = (np.take_along_axis(part, first, axis=1) for part in (cells, own, distances))
+        return Probes(self.vectors[queries], np.where(own, self.owners.numbers[cells], -1), distances)
 
-def route(
-    index: faiss.Index, queries: np.ndarray, nprobe: int, shard_of_cell: np.ndarray, coverage: float = 1.0
-) -> Routing:
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """Finds the shards and cells of queries in the trained index, with all cells, that shards were built from."""
+
+    index: faiss.Index
+    owners: CellOwners
+
+    def route(self, queries: np.ndarray, parameters: SearchParameters) -> Routing:
+        """For queries float32 (q, d) behind the chain of transforms, as an operating point says."""
+        known = with_defaults(core_index(self.index), parameters)
+        return route(self.index, queries, known.nprobe or 1, self.owners, known.coverage or 1.0)
+
+
+def route(index: faiss.Index, queries: np.ndarray, nprobe: int, owners: CellOwners, coverage: float = 1.0) -> Routing:
     """The cells and shards of queries, float32 (q, d).
 
     With `coverage` below 1, a query leaves out the shards that matter least to it: its cells weigh 1 / rank, its shards
@@ -50,9 +111,8 @@ def route(
     up to 100 cells in 3.4 shards with coverage 0.88 (8.2 % of the rows compared instead of 5.3 %).
 
     Args:
-        index: the trained IVF index, or any shard built from it.
+        index: the trained IVF index, with all cells.
         nprobe: cells to search for each query; all of them where there are fewer.
-        shard_of_cell: int32 (k,), the shards being 0..its largest.
 
     Raises:
         ValueError: nprobe below 1, coverage not in (0, 1], an index without cells, or another number of them.
@@ -62,40 +122,41 @@ def route(
         raise ValueError(f"nprobe ({nprobe}) must be at least 1")
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage ({coverage}) must be above 0 and at most 1: 1 searches all probed cells")
-    if shard_of_cell.shape != (core.nlist,):
+    if owners.shard_of_cell.shape != (core.nlist,):
         raise ValueError(
-            f"shard_of_cell (shape {shard_of_cell.shape}) must name a shard for each of {core.nlist} cells"
+            f"owners of cells (shape {owners.shard_of_cell.shape}) must name a shard for each of {core.nlist} cells"
         )
     vectors = transformed(index, queries)
     distances, cells = _quantizer(core).search(vectors, min(nprobe, core.nlist))
-    weights = _shard_weights(cells, shard_of_cell)
+    weights = _shard_weights(cells, owners)
     shards = weights > 0 if coverage == 1 else _heaviest(weights, coverage)
-    chosen = np.take_along_axis(shards, shard_of_cell[cells], axis=1)
-    return Routing(vectors, np.where(chosen, cells, -1), distances, shards)
+    chosen = np.take_along_axis(shards, owners.shard_of_cell[cells], axis=1)
+    return Routing(vectors, np.where(chosen, cells, -1), distances, shards, owners)
 
 
-def search_cells(index: faiss.Index, routing: Routing, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows in the cells of a routing: float32 (q, k) as faiss measures them, and int64 (q, k) rows, -1
-    where there are none.
-
-    Args:
-        index: one shard.
-        queries: int64 (q,), which queries of the routing to answer: those routed to this shard.
-    """
+def search_cells(index: faiss.Index, probes: Probes, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows in some cells of an index: float32 (q, k) as faiss measures them, and int64 (q, k) rows, -1
+    where there are none."""
     core = _ivf(index)
     vectors, cells, distances = (
-        np.ascontiguousarray(part[queries]) for part in (routing.vectors, routing.cells, routing.distances)
+        np.ascontiguousarray(part) for part in (probes.vectors, probes.cells, probes.distances)
     )
-    near, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    near, rows = np.empty((len(vectors), k), np.float32), np.empty((len(vectors), k), np.int64)
     pointers = (faiss.swig_ptr(part) for part in (cells, distances, near, rows))
     parameters = _faiss.SearchParametersIVF(nprobe=cells.shape[1])
-    core.search_preassigned_c(len(queries), faiss.swig_ptr(vectors), k, *pointers, False, parameters)
+    core.search_preassigned_c(len(vectors), faiss.swig_ptr(vectors), k, *pointers, False, parameters)
     return near, rows
 
 
 def index_cells(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
     """The cell, int32 (n,), of each floating point (n, d) row in a trained IVF index."""
     return nearest_cells(_quantizer(_ivf(index)), transformed(index, vectors))[0].astype(np.int32)
+
+
+def nearest_of_index(index: faiss.Index, vectors: np.ndarray, count: int) -> np.ndarray:
+    """The nearest cells, int64 (n, count), of each floating point (n, d) row, nearest first."""
+    cells: np.ndarray = _quantizer(_ivf(index)).search(transformed(index, vectors), count)[1]
+    return cells
 
 
 def index_centroids(index: faiss.Index) -> np.ndarray:
@@ -122,20 +183,22 @@ def plant_centroids(index: faiss.Index, centroids: np.ndarray, sample: np.ndarra
     quantizer.add(centroids)
 
 
-def add_to_cells(index: faiss.Index, vectors: np.ndarray, cells: np.ndarray) -> None:
-    """Adds floating point (n, d) rows to the cells (n,) that were found for them, without finding these again.
+def only_cells(trained: bytes, cells: np.ndarray) -> bytes:
+    """A trained empty IVF index with some of its cells alone, ascending int64 (n,): what their shard is built from.
 
-    Fast-scan indexes find them again, as faiss 1.15 has no other way to fill them (its add_core corrupts memory there):
-    a row that is as near to two centroids as rounding can tell may then lie in the other one's cell.
+    A row goes to the nearest of these centroids, which for a row of one of the cells is its own.
     """
+    index = _faiss.deserialize_index(np.frombuffer(trained, np.uint8))
     core = _ivf(index)
-    if isinstance(core, _faiss.IndexIVFFastScan):
-        index.add(np.ascontiguousarray(vectors, np.float32))
-        return
-    rows = transformed(index, vectors)
-    places = np.ascontiguousarray(cells, np.int64)
-    core.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(places))
-    _faiss.downcast_index(index).ntotal = core.ntotal
+    quantizer = _faiss.IndexFlat(core.d, core.quantizer.metric_type)
+    with faiss_threads(1):
+        quantizer.add(index_centroids(index)[cells])
+    replaced, lists = core.quantizer, _empty_lists(core, len(cells))
+    core.quantizer, core.nlist = quantizer, len(cells)
+    core.replace_invlists(lists, False)
+    found: bytes = _faiss.serialize_index(index).tobytes()
+    core.quantizer, core.own_invlists = replaced, False  # each is freed by its owner
+    return found
 
 
 def transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
@@ -153,6 +216,16 @@ def _transforms(index: faiss.Index) -> list[FaissObject]:
     return [_faiss.downcast_VectorTransform(outer.chain.at(number)) for number in range(outer.chain.size())]
 
 
+def _empty_lists(core: FaissObject, count: int) -> FaissObject:
+    """Inverted lists for codes of an index: plain, or in blocks where codes are scanned in blocks."""
+    if not isinstance(core, _faiss.IndexIVFFastScan):
+        return _faiss.ArrayInvertedLists(count, core.code_size)
+    packer = core.get_CodePacker()
+    lists = _faiss.BlockInvertedLists(count, packer)
+    packer.this.disown()  # the lists free it
+    return lists
+
+
 def _ivf(index: faiss.Index) -> FaissObject:
     core = core_index(index)
     if not isinstance(core, faiss.IndexIVF):
@@ -166,11 +239,11 @@ def _quantizer(core: FaissObject) -> FaissObject:
     return quantizer
 
 
-def _shard_weights(cells: np.ndarray, shard_of_cell: np.ndarray) -> np.ndarray:
+def _shard_weights(cells: np.ndarray, owners: CellOwners) -> np.ndarray:
     """float64 (q, S): the sum of 1 / rank over the cells of a query, int64 (q, nprobe), that a shard owns."""
-    weights = np.zeros((len(cells), int(shard_of_cell.max()) + 1))
+    weights = np.zeros((len(cells), owners.count))
     query, place = np.nonzero(cells >= 0)
-    np.add.at(weights, (query, shard_of_cell[cells[query, place]]), 1 / (1 + place))
+    np.add.at(weights, (query, owners.shard_of_cell[cells[query, place]]), 1 / (1 + place))
     return weights
 
 

@@ -17,24 +17,29 @@ HNSW_ROWS_PER_EF = 32  # rows compared for each step of an HNSW search: about it
 class SearchParameters:
     """How to search: what an operating point stores. None leaves a knob that the index family lacks.
 
-    `rerank_factor` times k candidates are compared again by their stored vectors.
+    `rerank_factor` times k candidates are compared again by their stored vectors. `coverage` says which shards a query
+    leaves out, where each owns cells: see `routing.route`.
     """
 
     ef_search: int | None = None
     nprobe: int | None = None
     rerank_factor: int = 1
+    coverage: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for name in ("ef_search", "nprobe", "rerank_factor"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 1")
+        if self.coverage is not None and not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage ({self.coverage}) must be above 0 and at most 1: 1 searches all probed cells")
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, float]:
         """The parameters that are set, for a manifest."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, int]) -> Self:
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
         """The inverse of to_json; unknown names are errors."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(value) - set(known))

@@ -7,20 +7,23 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.operators.allowed_rows import search_allowed, search_every_code
 from penstock.operators.indexing import Metric, core_index, similarities
+from penstock.operators.lengths import normalize as normalize
+from penstock.operators.lengths import refuse_unfit_lengths as refuse_unfit_lengths
 from penstock.operators.ranking import at_least_kth, exact_similarities, most_similar_by, nearest_rows
 from penstock.operators.ranking import exact_inner_products as exact_inner_products
 from penstock.operators.ranking import most_similar as most_similar
+from penstock.operators.routing import Probes, search_cells
 from penstock.operators.search_parameters import SearchParameters as SearchParameters
 from penstock.operators.search_parameters import faiss_parameters, rows_compared, widened
+from penstock.operators.transforms import Chain, Fidelity
 from penstock.operators.vector_store import ArrayVectors
 from penstock.operators.vector_store import StoredVectors as StoredVectors
 from penstock.operators.vector_store import VectorWriter as VectorWriter
 from penstock.operators.vector_store import open_vectors as open_vectors
-
-UNIT_LENGTH_TOLERANCE = 1e-2  # float16 rounds each component by up to 2^-11, so lengths by less than 5e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +50,9 @@ class ShardSearcher:
         index: an opened faiss index.
         ids: pa.Array or pa.ChunkedArray of string, one for each row.
         vectors: (n, d) array or StoredVectors to compare candidates with, or None.
-        metric: the one the index was built for; cosine expects unit vectors and queries.
+        metric: of the original vectors; cosine expects unit vectors and queries.
         shard: the number that hits carry.
+        chain: what vectors were transformed by before they came into the index; stored ones are the originals.
     """
 
     def __init__(
@@ -58,70 +62,92 @@ class ShardSearcher:
         vectors: np.ndarray | StoredVectors | None,
         metric: Metric,
         shard: int,
+        chain: Chain | None = None,
     ) -> None:
         self._index, self._metric, self._shard = index, metric, shard
+        self._chain = chain or Chain(index.d)
         self._core = core_index(index)
         self._ids = _IdColumn(ids)
         self._vectors = ArrayVectors(vectors) if isinstance(vectors, np.ndarray) else vectors
         self._refuse_mismatch()
 
     def search(
-        self, queries: np.ndarray, k: int, parameters: SearchParameters, allowed: np.ndarray | None = None
+        self,
+        queries: np.ndarray,
+        k: int,
+        parameters: SearchParameters,
+        allowed: np.ndarray | None = None,
+        probes: Probes | None = None,
     ) -> Hits:
         """The k most similar rows for each query, float32 (q, d).
 
         With stored vectors, k * rerank_factor candidates are ranked by their exact float32 inner product; without, the
-        similarities are those that the codes give. Which of several rows equal at the last place a shard offers is
-        faiss' choice.
+        similarities are those that the codes give, of the original vectors unless the chain changes them. Which of
+        several rows equal at the last place a shard offers is faiss' choice.
 
         Args:
             allowed: bool (rows,), the rows to search; None for all. Each query gets k hits, or all allowed rows where
                 they are fewer. The knobs are widened as much as rows are fewer, and where the index would compare as
                 many rows as are allowed, these are compared one by one instead.
+            probes: the cells to search for the queries, where that was found before; with all rows allowed.
         """
         self._refuse_queries(queries, k, parameters)
         parameters_of_index = faiss_parameters(self._index, parameters)
-        contiguous = np.ascontiguousarray(queries, dtype=np.float32)
         if len(queries) == 0 or self._count(allowed) == 0:
             return _empty_hits(len(queries), k)
+        asked = _Asked(np.ascontiguousarray(queries, dtype=np.float32), self._chain.apply_queries(queries))
         if allowed is not None:
-            return self._hits(len(queries), k, self._search_allowed(contiguous, k, parameters, allowed))
+            return self._hits(len(queries), k, self._search_allowed(asked, k, parameters, allowed))
         fetched = min(k * parameters.rerank_factor, self._index.ntotal)
-        distances, rows = self._index.search(contiguous, fetched, params=parameters_of_index)
-        return self._hits(len(queries), k, self._compared(contiguous, distances, rows, k))
+        if probes is None:
+            distances, rows = self._index.search(asked.transformed, fetched, params=parameters_of_index)
+        else:
+            distances, rows = search_cells(self._index, probes, fetched)
+        return self._hits(len(queries), k, self._compared(asked, distances, rows, k))
 
-    def _search_allowed(
-        self, queries: np.ndarray, k: int, parameters: SearchParameters, allowed: np.ndarray
-    ) -> "_Pairs":
+    def own_ids(self, ids: Sequence[str]) -> frozenset[str]:
+        """Those of the ids that are of rows of this shard."""
+        return self._ids.own(ids)
+
+    def _search_allowed(self, asked: "_Asked", k: int, parameters: SearchParameters, allowed: np.ndarray) -> "_Pairs":
         count = self._count(allowed)
         wide = widened(self._core, parameters, count / len(allowed))
         # On 30,000 clustered rows IVF,PQ and HNSW keep their recall down to a fifth of the rows, and lose 1 to 5 points
         # below a tenth, even widened; one by one is faster from a fifth on in batches. This rule turns in between.
         if count <= rows_compared(self._core, wide):
-            return self._search_one_by_one(queries, k, allowed)
+            return self._search_one_by_one(asked, k, allowed)
         fetched = min(k * parameters.rerank_factor, count)
-        distances, rows = search_allowed(self._index, queries, fetched, wide, allowed)
-        pairs = self._compared(queries, distances, rows, k)
+        distances, rows = search_allowed(self._index, asked.transformed, fetched, wide, allowed)
+        pairs = self._compared(asked, distances, rows, k)
         short = np.flatnonzero((rows >= 0).sum(axis=1) < min(k, count))
         if len(short):
-            pairs = pairs.replaced(short, self._search_one_by_one(queries[short], k, allowed))
+            pairs = pairs.replaced(short, self._search_one_by_one(asked.only(short), k, allowed))
         return pairs
 
-    def _search_one_by_one(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> "_Pairs":
+    def _search_one_by_one(self, asked: "_Asked", k: int, allowed: np.ndarray) -> "_Pairs":
         """Compares every allowed row: its stored vector, or its code where there is none."""
         if self._vectors is not None:
-            return _Pairs(*nearest_rows(queries, np.flatnonzero(allowed), k, self._vectors))
-        distances, rows = search_every_code(self._index, queries, min(k, self._count(allowed)), allowed)
-        return self._compared(queries, distances, rows, k)
+            return _Pairs(*nearest_rows(asked.queries, np.flatnonzero(allowed), k, self._vectors))
+        fetched = min(k, self._count(allowed))
+        distances, rows = search_every_code(self._index, asked.transformed, fetched, allowed)
+        return self._compared(asked, distances, rows, k)
 
-    def _compared(self, queries: np.ndarray, distances: np.ndarray, rows: np.ndarray, k: int) -> "_Pairs":
+    def _compared(self, asked: "_Asked", distances: np.ndarray, rows: np.ndarray, k: int) -> "_Pairs":
         """What faiss found, by its exact similarity if vectors are stored: those that may be among the k nearest."""
         if self._vectors is not None:
-            near = exact_similarities(queries, rows, self._vectors)
+            near = exact_similarities(asked.queries, rows, self._vectors)
         else:
-            near = np.where(rows >= 0, similarities(distances, self._core.metric_type), -np.inf)
+            near = np.where(rows >= 0, self._restored(asked.queries, distances), -np.inf)
         kept = at_least_kth(near, k) & (rows >= 0)
         return _Pairs(np.nonzero(kept)[0], near[kept], rows[kept])
+
+    def _restored(self, queries: np.ndarray, distances: np.ndarray) -> np.ndarray:
+        """Similarities of the original vectors from what faiss returns, as far as the chain lets them be restored."""
+        near = similarities(distances, self._core.metric_type)
+        if not self._chain.steps or self._chain.fidelity is Fidelity.CHANGED:
+            return near
+        restored: np.ndarray = near + self._chain.similarity_offsets(queries)[:, None]
+        return restored
 
     def _hits(self, queries: int, k: int, pairs: "_Pairs") -> Hits:
         shards = np.full(len(pairs.rows), self._shard, np.int32)
@@ -140,7 +166,12 @@ class ShardSearcher:
         return int(np.count_nonzero(allowed))
 
     def _refuse_mismatch(self) -> None:
-        rows, dimension = self._index.ntotal, self._index.d
+        rows, dimension = self._index.ntotal, self._chain.input_dimension
+        if self._chain.output_dimension != self._index.d:
+            raise ValueError(
+                f"transforms of shard {self._shard} (to {self._chain.output_dimension} dimensions) must give the "
+                f"{self._index.d} of its index"
+            )
         if len(self._ids) != rows:
             raise ValueError(f"ids of shard {self._shard} ({len(self._ids)}) differ from the {rows} rows of its index")
         if self._vectors is not None and (len(self._vectors), self._vectors.dimension) != (rows, dimension):
@@ -155,8 +186,9 @@ class ShardSearcher:
             )
 
     def _refuse_queries(self, queries: np.ndarray, k: int, parameters: SearchParameters) -> None:
-        if queries.ndim != 2 or queries.shape[1] != self._index.d:
-            raise ValueError(f"queries (shape {queries.shape}) must have the index's {self._index.d} columns")
+        dimension = self._chain.input_dimension
+        if queries.ndim != 2 or queries.shape[1] != dimension:
+            raise ValueError(f"queries (shape {queries.shape}) must have the index's {dimension} columns")
         if k < 1:
             raise ValueError(f"k ({k}) must be at least 1")
         if parameters.rerank_factor > 1 and self._vectors is None:
@@ -165,6 +197,17 @@ class ShardSearcher:
                 "take 1, or build the index with them"
             )
         refuse_unfit_lengths(queries, self._metric, "query")
+
+
+class _Asked(NamedTuple):
+    """Queries float32 (q, d), and what the index is asked for them, float32 (q, d')."""
+
+    queries: np.ndarray
+    transformed: np.ndarray
+
+    def only(self, some: np.ndarray) -> "_Asked":
+        """Those at some places (n,)."""
+        return _Asked(self.queries[some], self.transformed[some])
 
 
 class _Pairs(NamedTuple):
@@ -191,6 +234,10 @@ class _IdColumn:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def own(self, ids: Sequence[str]) -> frozenset[str]:
+        wanted = pa.array(list(ids), pa.string())
+        return frozenset(name for chunk in self._chunks for name in chunk.filter(pc.is_in(chunk, wanted)).to_pylist())
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         taken = np.empty(len(rows), dtype=object)
         for chunk, places, local_rows in _by_piece(self._ends, rows):
@@ -212,31 +259,19 @@ def merge_hits(hits: Sequence[Hits], k: int) -> Hits:
     return _select(counts.pop(), k, pairs, shards[kept], lambda positions: kept_ids[positions])
 
 
-def normalize(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1: floating point (n, d) to float32 (n, d).
+def spread_hits(hits: Hits, queries: np.ndarray, count: int) -> Hits:
+    """The hits of some queries, given by their places among `count`, as hits of all; the others have none."""
+    if len(queries) == count:
+        return hits
 
-    Raises:
-        ValueError: naming the first row that is zero or not finite.
-    """
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    usable = np.isfinite(lengths) & (lengths > 0)
-    if not usable.all():
-        row = int(np.argmin(usable))
-        raise ValueError(f"vector {row} (length {lengths[row, 0]}) has no direction; drop the row")
-    unit: np.ndarray = (vectors / lengths).astype(np.float32)
-    return unit
+    def spread(values: np.ndarray, none: object) -> np.ndarray:
+        whole = np.full((count, values.shape[1]), none, values.dtype)
+        whole[queries] = values
+        return whole
 
-
-def refuse_unfit_lengths(vectors: np.ndarray, metric: Metric, subject: str) -> None:
-    """Refuses vectors (n, d) that are not finite, or under cosine not of unit length."""
-    lengths = np.linalg.norm(vectors.astype(np.float32, copy=False), axis=1)
-    fit = np.isfinite(lengths)
-    if metric is Metric.COSINE:
-        fit &= np.abs(lengths - 1) <= UNIT_LENGTH_TOLERANCE
-    if not fit.all():
-        row = int(np.argmin(fit))
-        rule = "length 1" if metric is Metric.COSINE else "a finite length"
-        raise ValueError(f"{subject} {row} (length {lengths[row]:.6g}) must have {rule} for {metric}; normalize() it")
+    return Hits(
+        spread(hits.ids, None), spread(hits.similarities, np.nan), spread(hits.shards, -1), spread(hits.rows, -1)
+    )
 
 
 def _by_piece(ends: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -1,10 +1,12 @@
-"""Which rows belong together: contiguous ranges of the 64-bit hash space, for shards and for samples.
+"""Which rows belong together: contiguous ranges of the 64-bit hash space, for samples, and for shards unless these own
+cells.
 
 Rows are stored sorted by row hash, so a shard is one contiguous slice of every file, for every shard count, and so is a
 seeded sample: neither depends on how the corpus was cut into fragments.
 """
 
 import hashlib
+from enum import StrEnum
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +15,13 @@ HASH_SPACE = 2**64
 MOST_SHARDS = 2**31  # keeps the 64-bit halves of the exact product below from overflowing
 _HALF_BITS = np.uint64(32)
 _LOW_HALF = np.uint64(2**32 - 1)
+
+
+class Sharding(StrEnum):
+    """What decides to which shard a row goes: its hash, or the cell of the index that it lies in."""
+
+    HASH = "hash"
+    CLUSTER = "cluster"
 
 
 def shard_of(row_hashes: np.ndarray, shards: int) -> np.ndarray:

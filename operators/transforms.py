@@ -26,7 +26,7 @@ from typing import Any, Self, TypeAlias, assert_never
 import numpy as np
 
 from penstock.operators.indexing import MOST_SEED, Metric
-from penstock.operators.searching import normalize
+from penstock.operators.lengths import normalize
 from penstock.operators.tensors import pack, unpack
 
 KIND = "transforms"
@@ -203,17 +203,7 @@ class FittedStep:
 
     def metric_after(self, metric: Metric) -> Metric:
         """What outputs may be compared with, when inputs are compared with `metric`."""
-        match self.step:
-            case Normalization():
-                return Metric.COSINE
-            case Rotation():
-                return metric
-            case Pca() | Truncation():
-                return metric if self.output_dimension == self.input_dimension else Metric.INNER_PRODUCT
-            case Centring() | Whitening() | Sphering():
-                return Metric.INNER_PRODUCT
-            case _:
-                assert_never(self.step)
+        return metric_after(self.step, self.input_dimension, metric)
 
     def apply(self, vectors: np.ndarray, side: Side) -> np.ndarray:
         """float32 (n, input_dimension) to float32 (n, output_dimension)."""
@@ -425,6 +415,21 @@ def output_dimension(step: Step, input_dimension: int) -> int:
                     f"dimension of {type_of(step)} ({kept}) must be at most the {input_dimension} of its input"
                 )
             return kept
+        case _:
+            assert_never(step)
+
+
+def metric_after(step: Step, input_dimension: int, metric: Metric) -> Metric:
+    """What the outputs of a step may be compared with, when its inputs are compared with `metric`."""
+    match step:
+        case Normalization():
+            return Metric.COSINE
+        case Rotation():
+            return metric
+        case Pca() | Truncation():
+            return metric if output_dimension(step, input_dimension) == input_dimension else Metric.INNER_PRODUCT
+        case Centring() | Whitening() | Sphering():
+            return Metric.INNER_PRODUCT
         case _:
             assert_never(step)
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import Catalog
-from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, TRAINING
+from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.leases import acquire
 from penstock.cluster.storage import ObjectInfo, Store
 from penstock.pipelines.history import new_run_id, read_run, run_ids
@@ -116,7 +116,7 @@ def _add_lineage(store: Store, catalog: Catalog, version: str, needed: dict[tupl
     for stage in (PASSAGES, EMBEDDINGS):
         fragments = table.filter(pc.equal(table.column("stage"), stage)).column("fragment").to_pylist()
         needed.setdefault((stage, stages[stage]), set()).update(fragments)
-    for stage in (SELECTION, TRAINING, SHARDS, EVALUATION):
+    for stage in stages.keys() - {PASSAGES, EMBEDDINGS}:
         needed[(stage, stages[stage])] = {"*"}
 
 

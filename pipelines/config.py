@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend, Precision
 from penstock.operators.indexing import OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
+from penstock.operators.sharding import Sharding
+from penstock.operators.transforms import Step, step_from_json
+from penstock.operators.vector_codecs import VectorCodec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -21,6 +24,7 @@ ENVIRONMENT_PATHS = (
     ("embedding", "model"),
     ("evaluate", "queries"),
     ("evaluate", "relevance"),
+    ("index", "queries"),
 )
 
 
@@ -178,11 +182,42 @@ class Deduplicate(Section):
     type: Literal["exact", "none"] = "exact"
 
 
+class Transform(Section):
+    """A map of vectors before they are coded."""
+
+    type: Literal["centring", "normalization", "pca", "rotation", "sphering", "truncation", "whitening"]
+    dimension: Count | None = Field(None, description="Components kept (pca, sphering, truncation, whitening).")
+    both_sides: Switch | None = Field(None, description="Centre queries too (centring); default false.")
+    eigenvalue_floor: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
+        None, description="Least share of the largest eigenvalue (sphering, whitening); default 1e-6."
+    )
+    seed: Whole | None = Field(None, description="Of the random rotation (rotation); default 0.")
+
+    @model_validator(mode="after")
+    def _options_belong_to_type(self) -> Self:
+        self.step()
+        return self
+
+    def step(self) -> Step:
+        """The step that it names.
+
+        Raises:
+            ValueError: an option of another type, or a missing one.
+        """
+        given = self.model_dump(exclude_none=True)
+        if self.type == "rotation":
+            given = {"seed": 0} | given
+        if self.type in ("truncation", "sphering") and self.dimension is None:
+            raise ValueError(f"type ({self.type}) needs a dimension: how many components to keep")
+        return step_from_json(given)
+
+
 # The family or codecs that an option of the index belongs to.
 OPTION_OWNERS: dict[str, tuple[str, ...]] = {
     "hnsw_m": (Family.HNSW,),
     "ef_construction": (Family.HNSW,),
     "nlist": (Family.IVF,),
+    "iterations": (Family.IVF,),
     "pq_bytes": OPQ_CODECS,
     "opq": OPQ_CODECS,
     "rabitq_bits": ROTATED_CODECS,
@@ -198,6 +233,10 @@ class Index(Section):
     codec: Codec = Codec.NONE
     metric: Metric | None = Field(None, description="Without it, the model's own similarity.")
     shards: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
+    sharding: Sharding = Field(
+        Sharding.HASH,
+        description="hash, or cluster: a shard owns cells of the index, and queries need few (family ivf).",
+    )
     recall: Share = Field(0.95, description="Recall that the default operating point must reach.")
     bytes_per_vector: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Index bytes per vector, at most; vectors stored for re-ranking do not count (family auto)."
@@ -208,13 +247,21 @@ class Index(Section):
     latency_ms: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Milliseconds of one query in one shard on one thread, at most (family auto)."
     )
-    rerank: Switch = Field(False, description="Re-rank candidates with stored float16 vectors (memory-mapped).")
+    rerank: Switch = Field(False, description="Re-rank candidates with stored vectors (memory-mapped).")
+    rerank_codec: VectorCodec = Field(VectorCodec.FLOAT16, description="How vectors are stored for re-ranking.")
+    transforms: tuple[Transform, ...] = Field((), description="Maps of vectors before they are coded, in order.")
+    queries: Text | None = Field(
+        None, description="JSONL file of queries (text) that are asked, which sphering is fitted to."
+    )
     hnsw_m: Annotated[int, Field(strict=True, ge=2, le=512)] | None = Field(
         None, description="Links per vertex (family hnsw); default 32."
     )
     ef_construction: Count | None = Field(None, description="Candidates while building (family hnsw); default 100.")
     nlist: Count | None = Field(
         None, description="Cells (family ivf); default about 4 times the root of a shard's rows."
+    )
+    iterations: Whole = Field(
+        0, description="k-means iterations over all vectors after those over the sample (family ivf)."
     )
     pq_bytes: Count | None = Field(
         None, description="Bytes per vector (codecs pq and pqfs); a divisor of the dimension, of its half for pqfs."
@@ -247,6 +294,33 @@ class Index(Section):
             )
         if given:
             raise ValueError(f"{given[0]} ({getattr(self, given[0])}) {rule}")
+        return self
+
+    def steps(self) -> tuple[Step, ...]:
+        """The transforms, as operators know them."""
+        return tuple(transform.step() for transform in self.transforms)
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> Self:
+        if self.sharding is Sharding.CLUSTER and self.shards == 1:
+            raise ValueError("sharding (cluster) shares cells out to several shards: set shards to 2 or more")
+        if self.sharding is Sharding.CLUSTER and self.family not in ("auto", Family.IVF):
+            raise ValueError(f"sharding (cluster) shares out the cells of family ivf, but family is {self.family}")
+        return self
+
+    @model_validator(mode="after")
+    def _transforms_fit(self) -> Self:
+        if self.transforms and self.family == "auto" and self.factory is None:
+            raise ValueError(
+                f"transforms ({', '.join(one.type for one in self.transforms)}) are not chosen by family auto, which "
+                "measures vectors as they are; name a family"
+            )
+        needs = any(transform.type == "sphering" for transform in self.transforms)
+        if needs != (self.queries is not None):
+            raise ValueError("queries and a transform of type sphering need each other: give both, or none")
+        stored = "rerank_codec" in self.model_fields_set
+        if stored and not self.rerank and (self.family != "auto" or self.factory is not None):
+            raise ValueError(f"rerank_codec ({self.rerank_codec}) is of stored vectors: set rerank to true")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Measure a built index: recall at operating points against exact search, and ranking quality against judgements."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from penstock.cluster.jobs.evaluation import (
     sample_queries,
 )
 from penstock.cluster.jobs.shards import ShardRecord
+from penstock.cluster.published import VersionFiles
 from penstock.cluster.session import Session
 from penstock.operators.evaluation import (
     TIE_ROOM,
@@ -27,16 +29,17 @@ from penstock.operators.evaluation import (
     Neighbours,
     accepted_neighbours,
     choose_operating_point,
+    choose_routed_point,
     merge_neighbours,
     mrr_at_k,
     ndcg_at_k,
     operating_points,
     recall_at_k,
+    routed_points,
 )
-from penstock.operators.identity import row_hashes
 from penstock.operators.searching import Hits, SearchParameters, merge_hits
-from penstock.operators.sharding import shard_of
-from penstock.pipelines.planning import Chain, Resolved, chosen_family, split_path
+from penstock.operators.sharding import Sharding
+from penstock.pipelines.planning import Chain, Resolved, chosen_family, searched_rows, split_path
 from penstock.pipelines.progress import Advance
 
 # Operating points are compared on this many queries at most; the chosen one is then measured on all.
@@ -47,40 +50,103 @@ EXACT_FRAGMENTS = 16
 PASSAGES_PER_DOCUMENT = 5
 
 
-def evaluate(
-    session: Session, resolved: Resolved, chain: Chain, shards: Sequence[ShardRecord], root: str, advance: Advance
-) -> dict[str, Any]:
-    """The evaluation record: recall, ranking quality, all measured operating points and the default among them."""
-    pipeline = resolved.pipeline
-    k = pipeline.evaluate.k
-    queries = _queries(session, resolved, chain, root)
-    truth = _truth(session, resolved, chain, root, queries, k + TIE_ROOM, advance)
-    points = operating_points(
-        chain.spec, max(1, chain.rows // len(shards)), pipeline.index.rerank, resolved.tuned_point
-    )
-    few = _first(queries, SWEEP_QUERIES)
-    measured = _measure(session, resolved, shards, root, few, k, points, timed=True, advance=advance)
-    exact_similarities = pipeline.index.rerank
-    table = [
-        MeasuredPoint(point, _recall(_merged(measured, i, k, few), truth, k, exact_similarities), _latency(measured, i))
-        for i, point in enumerate(points)
-    ]
-    chosen = choose_operating_point(table, pipeline.index.recall)
-    depth = k * PASSAGES_PER_DOCUMENT if pipeline.evaluate.relevance else k
-    final = _measure(session, resolved, shards, root, queries, depth, [chosen.parameters], timed=False, advance=advance)
-    found = _merged(final, 0, depth, queries)
-    record: dict[str, Any] = {
-        "k": k,
-        "queries": len(queries.ids),
-        "queries_from": pipeline.evaluate.queries if isinstance(pipeline.evaluate.queries, str) else "passages",
-        "recall": _recall(found, truth, k, exact_similarities),
-        **_shard_recall(final, truth, queries, k, exact_similarities),
-        "default": _point_json(chosen),
-        "points": [_point_json(point) for point in table],
-    }
-    if pipeline.evaluate.relevance:
-        record |= _judged(pipeline.evaluate.relevance, queries, found, k)
-    return record
+@dataclass(frozen=True)
+class Measurement:
+    """Measures the built shards of a version, with what they share."""
+
+    session: Session
+    resolved: Resolved
+    chain: Chain
+    shards: Sequence[ShardRecord]
+    files: VersionFiles
+    root: str
+
+    @property
+    def routed(self) -> bool:
+        """Whether a query needs some of the shards only."""
+        return self.resolved.pipeline.index.sharding is Sharding.CLUSTER
+
+    @property
+    def rounds(self) -> int:
+        """How often every shard is opened and searched."""
+        return 3 if self.routed else 2
+
+    def evaluate(self, advance: Advance) -> dict[str, Any]:
+        """The evaluation record: recall, ranking quality, all measured operating points and the default among them."""
+        pipeline = self.resolved.pipeline
+        k = pipeline.evaluate.k
+        queries = _queries(self.session, self.resolved, self.chain, self.root)
+        truth = _truth(self.session, self.resolved, self.chain, self.root, queries, k + TIE_ROOM, advance)
+        few = _first(queries, SWEEP_QUERIES)
+        table, chosen = self._sweep(few, truth, k, advance)
+        depth = k * PASSAGES_PER_DOCUMENT if pipeline.evaluate.relevance else k
+        final = self._measure(queries, depth, [chosen.parameters], advance, truth=truth)
+        found = _merged(final, 0, depth, queries)
+        record: dict[str, Any] = {
+            "k": k,
+            "queries": len(queries.ids),
+            "queries_from": pipeline.evaluate.queries if isinstance(pipeline.evaluate.queries, str) else "passages",
+            "recall": _recall(found, truth, k, pipeline.index.rerank),
+            **_shard_recall(final, truth, queries, k, pipeline.index.rerank),
+            "default": _point_json(chosen),
+            "points": [_point_json(point) for point in table],
+        }
+        if self.routed:
+            record["shards_touched"] = _shards_touched(final, 0, len(queries.ids))
+        if pipeline.evaluate.relevance:
+            record |= _judged(pipeline.evaluate.relevance, queries, found, k)
+        return record
+
+    def _sweep(
+        self, queries: Queries, truth: Neighbours, k: int, advance: Advance
+    ) -> tuple[list[MeasuredPoint], MeasuredPoint]:
+        """All operating points that were compared, and the one to take."""
+        index, rows = self.resolved.pipeline.index, searched_rows(self.resolved, self.chain.rows)
+        points = operating_points(self.chain.spec, rows, index.rerank, self.resolved.tuned_point)
+        table = self._compare(queries, truth, k, points, advance)
+        chosen = choose_operating_point(table, index.recall)
+        if not self.routed:
+            return table, chosen
+        table += self._compare(queries, truth, k, routed_points(self.chain.spec, chosen.parameters), advance)
+        return table, choose_routed_point(table, index.recall)
+
+    def _compare(
+        self, queries: Queries, truth: Neighbours, k: int, points: Sequence[SearchParameters], advance: Advance
+    ) -> list[MeasuredPoint]:
+        measured = self._measure(queries, k, points, advance, timed=True)
+        exact = self.resolved.pipeline.index.rerank
+        return [
+            MeasuredPoint(
+                point,
+                _recall(_merged(measured, i, k, queries), truth, k, exact),
+                max(one.latency_ms[i] for one in measured),  # shards are searched side by side: the slowest decides
+                _shards_touched(measured, i, len(queries.ids)) if self.routed else None,
+            )
+            for i, point in enumerate(points)
+        ]
+
+    def _measure(
+        self,
+        queries: Queries,
+        k: int,
+        points: Sequence[SearchParameters],
+        advance: Advance,
+        *,
+        timed: bool = False,
+        truth: Neighbours | None = None,
+    ) -> list[Measured]:
+        family, metric = chosen_family(self.resolved), self.resolved.metric
+        ids = () if truth is None else tuple(sorted({name for name in truth.ids.ravel() if name is not None}))
+        # One more than k: a query that is itself a passage finds itself first.
+        tasks = [
+            MeasureTask(self.root, shard, self.files, family, metric, queries.vectors, k + 1, tuple(points), timed, ids)
+            for shard in self.shards
+        ]
+        measured = []
+        for one in self.session.stream(measure_shard, tasks):
+            measured.append(one)
+            advance(1, f"shard {one.shard}")
+        return sorted(measured, key=lambda one: one.shard)
 
 
 def _queries(session: Session, resolved: Resolved, chain: Chain, root: str) -> Queries:
@@ -110,31 +176,6 @@ def _truth(
     if best is None:
         raise ValueError("an index to evaluate needs at least one embeddings fragment, got none")
     return best
-
-
-def _measure(
-    session: Session,
-    resolved: Resolved,
-    shards: Sequence[ShardRecord],
-    root: str,
-    queries: Queries,
-    k: int,
-    points: Sequence[SearchParameters],
-    *,
-    timed: bool,
-    advance: Advance,
-) -> list[Measured]:
-    family = chosen_family(resolved)
-    # One more than k: a query that is itself a passage finds itself first.
-    tasks = [
-        MeasureTask(root, shard, family, resolved.metric, queries.vectors, k + 1, tuple(points), timed)
-        for shard in shards
-    ]
-    measured = []
-    for one in session.stream(measure_shard, tasks):
-        measured.append(one)
-        advance(1, f"shard {one.shard}")
-    return sorted(measured, key=lambda one: one.shard)
 
 
 def _first(queries: Queries, count: int) -> Queries:
@@ -175,7 +216,7 @@ def _shard_recall(
         count, floor, accepted = accepted_neighbours(truth, row, k)
         if count == 0:
             continue
-        owners = np.bincount(shard_of(row_hashes(names[:count].tolist()), len(measured)), minlength=len(measured))
+        owners = np.array([sum(name in one.own_ids for name in names[:count]) for one in measured])
         lying += owners
         for shard, one in enumerate(measured):
             hits = one.hits[0]
@@ -187,9 +228,9 @@ def _shard_recall(
     return {"shard_recall": shares, "shard_neighbours": lying.tolist()}
 
 
-def _latency(measured: Sequence[Measured], point: int) -> float:
-    """Shards are searched side by side: the slowest decides."""
-    return max(one.latency_ms[point] for one in measured)
+def _shards_touched(measured: Sequence[Measured], point: int, queries: int) -> float:
+    """How many shards a query needs, on average."""
+    return round(sum(one.touched[point] for one in measured) / max(queries, 1), 4)
 
 
 def _point_json(point: MeasuredPoint) -> dict[str, Any]:
@@ -197,7 +238,7 @@ def _point_json(point: MeasuredPoint) -> dict[str, Any]:
         "parameters": point.parameters.to_json(),
         "recall": round(point.recall, 6),
         "latency_ms": round(point.latency_ms, 4),
-    }
+    } | ({} if point.shards is None else {"shards": point.shards})
 
 
 def _judged(path: str, queries: Queries, found: Hits, k: int) -> dict[str, float]:

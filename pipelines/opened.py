@@ -16,12 +16,14 @@ import pyarrow.compute as pc
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.file_cache import DamagedFile
 from penstock.cluster.jobs.shards import ShardRecord
-from penstock.cluster.published import open_duplicates, open_rows, open_searcher
+from penstock.cluster.published import VersionFiles, open_duplicates, open_rows, open_searcher
 from penstock.cluster.storage import StorageUnavailable, Store
+from penstock.operators.entrance import Entrance
 from penstock.operators.filtering import Condition, bind, matching_rows
 from penstock.operators.indexing import Family, Metric
-from penstock.operators.searching import Hits, SearchParameters, merge_hits, normalize
-from penstock.pipelines.publishing import FORMAT, shards_of
+from penstock.operators.routing import Probes, Routing
+from penstock.operators.searching import Hits, SearchParameters, merge_hits, normalize, spread_hits
+from penstock.pipelines.publishing import FORMAT, files_of, shards_of
 from penstock.pipelines.query_encoder import QueryEncoder
 
 RETRY_PAUSE_S = 30.0  # a damaged shard is fetched again at most twice a minute
@@ -128,21 +130,24 @@ class ShardRows:
 class OpenShard:
     """One shard of a version, and what of it is open."""
 
-    def __init__(self, store: Store, record: ShardRecord, family: Family, metric: Metric) -> None:
+    def __init__(
+        self, store: Store, record: ShardRecord, family: Family, metric: Metric, entrance: "Lazily[Entrance]"
+    ) -> None:
         self.record = record
         what = f"shard {record.shard} of {record.folder}"
-        self.searcher = Lazily(what, partial(open_searcher, store, record, family, metric))
+        self.searcher = Lazily(what, lambda: open_searcher(store, record, family, metric, entrance.get().chain))
         self.rows = Lazily(what, lambda: ShardRows(open_rows(store, record)))
         self.duplicates = Lazily(what, partial(open_duplicates, store, record))
 
-    def search(self, vectors: np.ndarray, request: Request) -> Hits | None:
-        """The hits of the queries (q, d); None where a degraded search has to do without this shard."""
+    def search(self, vectors: np.ndarray, request: Request, probes: Probes | None) -> Hits | None:
+        """The hits of the queries (q, d), in given cells or those it finds; None where a degraded search has to do
+        without this shard."""
         searcher = opened(self.searcher, request.degraded)
         rows = opened(self.rows, request.degraded) if request.where else None
         if searcher is None or (request.where and rows is None):
             return None
         allowed = rows.allowed(request.where) if rows else None
-        return searcher.search(vectors, request.k, request.parameters, allowed)
+        return searcher.search(vectors, request.k, request.parameters, allowed, probes)
 
 
 class OpenVersion:
@@ -163,8 +168,11 @@ class OpenVersion:
         self._metric = Metric(manifest["metric"])
         family = Family(manifest["faiss"]["family"])
         folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
+        files = VersionFiles(folder, files_of(manifest))
+        self._entrance = Lazily(f"transforms and routing of {folder}", lambda: files.open_entrance(store))
         self.shards = {
-            record.shard: OpenShard(store, record, family, self._metric) for record in shards_of(manifest, folder)
+            record.shard: OpenShard(store, record, family, self._metric, self._entrance)
+            for record in shards_of(manifest, folder)
         }
 
     @property
@@ -178,14 +186,15 @@ class OpenVersion:
     def search(self, queries: str | Sequence[str] | np.ndarray, request: Request) -> Found:
         """See `OpenIndex.search`."""
         vectors = self._vectors(queries)
-        needed = self.shards_for(vectors)
-        parts = self._search_shards(vectors, needed, request)
+        routing = self._route(vectors, request)
+        needed = np.ones((len(vectors), len(self.shards)), dtype=bool) if routing is None else routing.shards
+        parts = self._search_shards(vectors, needed, request, routing)
         hits, rows = self._merge(parts, request)
         return Found(hits.ids, hits.similarities, self.version, self._coverage(needed, parts), rows)
 
-    def shards_for(self, queries: np.ndarray) -> np.ndarray:
-        """bool (q, shards): which of `shards`, in that order, each of the queries (q, d) needs: all of them."""
-        return np.ones((len(queries), len(self.shards)), dtype=bool)
+    def _route(self, vectors: np.ndarray, request: Request) -> Routing | None:
+        """Where the queries are answered; None for all shards, as also where a filter may leave near cells empty."""
+        return None if request.where or len(vectors) == 0 else self._entrance.get().route(vectors, request.parameters)
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table:
         """See `OpenIndex.duplicates`."""
@@ -219,11 +228,14 @@ class OpenVersion:
             vectors = self.encoder.encode([queries] if isinstance(queries, str) else queries)
         return normalize(vectors) if self._metric is Metric.COSINE else vectors
 
-    def _search_shards(self, vectors: np.ndarray, needed: np.ndarray, request: Request) -> dict[int, Hits]:
+    def _search_shards(
+        self, vectors: np.ndarray, needed: np.ndarray, request: Request, routing: Routing | None
+    ) -> dict[int, Hits]:
         """Shard number → hits of all queries, but for shards that a degraded search has to do without."""
 
         def search(number: int, queries: np.ndarray) -> Hits | None:
-            hits = self.shards[number].search(vectors[queries], request)
+            probes = routing.probes(number, queries) if routing else None
+            hits = self.shards[number].search(vectors[queries], request, probes)
             return None if hits is None else spread_hits(hits, queries, len(vectors))
 
         asked = {number: np.flatnonzero(column) for number, column in zip(self.shards, needed.T, strict=True)}
@@ -261,21 +273,6 @@ class OpenVersion:
 def opened(lazily: Lazily[T], degraded: bool) -> T | None:
     """What is opened at first use; None where it is unavailable and a degraded search goes on without."""
     return lazily.attempt() if degraded else lazily.get()
-
-
-def spread_hits(hits: Hits, queries: np.ndarray, count: int) -> Hits:
-    """The hits of some queries, given by their places among `count`, as hits of all; the others have none."""
-    if len(queries) == count:
-        return hits
-
-    def spread(values: np.ndarray, none: object) -> np.ndarray:
-        whole = np.full((count, values.shape[1]), none, values.dtype)
-        whole[queries] = values
-        return whole
-
-    return Hits(
-        spread(hits.ids, None), spread(hits.similarities, np.nan), spread(hits.shards, -1), spread(hits.rows, -1)
-    )
 
 
 def _rows_of(hits: Hits, query: int, tables: dict[int, pa.Table]) -> pa.Table:

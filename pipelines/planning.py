@@ -25,6 +25,7 @@ from penstock.cluster.layout import (
     SELECTION,
     SHARDS,
     TRAINING,
+    TRANSFORMS,
     shard_file,
     stage_folder,
 )
@@ -48,13 +49,17 @@ from penstock.operators.indexing import (
 from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
 from penstock.operators.searching import SearchParameters
+from penstock.operators.sharding import Sharding
+from penstock.operators.transforms import metric_after, output_dimension, step_to_json
 from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, candidates
+from penstock.operators.vector_codecs import VectorCodec, is_lvq
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
+TRANSFORMS_VERSION = 1
 TRAINING_VERSION = 1
 SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
@@ -63,9 +68,14 @@ TUNING_VERSION = 1
 HELD_OUT_QUERIES = 500
 LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
 LARGE_SHARD = 1_000_000  # rows: no configuration takes fewer bytes per vector in a smaller one
-OF_THE_CHOICE = {"recall", "bytes_per_vector", "memory_gib", "latency_ms", "seed", "training_rows"}
+OF_THE_CHOICE = {"recall", "bytes_per_vector", "memory_gib", "latency_ms", "seed", "training_rows", "sharding"}
 # What a trained index does not depend on, or depends on only through the configuration that was chosen by it.
-NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "memory_gib", "latency_ms"}
+NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "memory_gib", "latency_ms"} | {
+    "sharding",
+    "transforms",
+    "queries",
+    "rerank_codec",
+}
 VERSION_HEX_DIGITS = 16
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
@@ -95,6 +105,28 @@ class Resolved:
         return fingerprint(**{**self.encoder.parameters(), "precision": "auto", "dimension": self.card.dimension})
 
     @property
+    def stored(self) -> VectorCodec | None:
+        """How vectors are stored for re-ranking; None where they are not."""
+        index = self.pipeline.index
+        return index.rerank_codec if index.rerank else None
+
+    @property
+    def index_dimension(self) -> int:
+        """Dimensions of the index, behind the transforms."""
+        dimension = self.encoder.dimension
+        for step in self.pipeline.index.steps():
+            dimension = output_dimension(step, dimension)
+        return dimension
+
+    @property
+    def index_metric(self) -> Metric:
+        """What the index compares by, behind the transforms."""
+        dimension, metric = self.encoder.dimension, self.metric
+        for step in self.pipeline.index.steps():
+            metric, dimension = metric_after(step, dimension, metric), output_dimension(step, dimension)
+        return metric
+
+    @property
     def index_chosen(self) -> bool:
         """Whether family and codec are known: named by the file, or chosen by a run."""
         return self.pipeline.index.family != "auto"
@@ -116,7 +148,8 @@ class Resolved:
         index = self.pipeline.index
         limits = [] if index.bytes_per_vector is None else [index.bytes_per_vector]
         if index.memory_gib is not None:  # for as many rows as the choice is kept for
-            limits.append(index.memory_gib * 2**30 / (index.shards * 2 ** shard_rows(self, rows).bit_length()))
+            parts = 1 if index.sharding is Sharding.CLUSTER else index.shards
+            limits.append(index.memory_gib * 2**30 / (parts * 2 ** searched_rows(self, rows).bit_length()))
         return Budget(index.recall, self.pipeline.evaluate.k, min(limits, default=None), index.latency_ms)
 
     def choice_fingerprint(self, rows: int) -> str:
@@ -132,7 +165,7 @@ class Resolved:
             embeddings=self.stage_fingerprint(EMBEDDINGS),
             metric=self.metric.value,
             k=self.pipeline.evaluate.k,
-            magnitude=shard_rows(self, rows).bit_length(),
+            magnitude=searched_rows(self, rows).bit_length(),
             **asked,
         )
 
@@ -147,6 +180,7 @@ class Resolved:
         """The parameters of each stage, by the names of the pipeline file: what its fingerprint is made of."""
         pipeline = self.pipeline
         index = pipeline.index.model_dump(mode="json", exclude=NOT_OF_TRAINING, exclude_none=True)
+        steps = [step_to_json(step) for step in pipeline.index.steps()]
         return {
             PASSAGES: {
                 "documents.type": self.reader.type.value,
@@ -168,11 +202,16 @@ class Resolved:
             EMBEDDINGS: self.encoder.parameters()
             | {"embedding.store": pipeline.embedding.store}
             | ({"passages.type": self.chunker.kind.value} if self.chunker.kind is PassageType.LATE else {}),
+            TRANSFORMS: {"index.transforms": steps, "index.queries": pipeline.index.queries},
             TRAINING: {f"index.{name}": value for name, value in index.items()}
-            | {"index.metric": self.metric.value, "version": TRAINING_VERSION},
+            | {"index.metric": self.metric.value, "version": TRAINING_VERSION}
+            | {"index.transforms": steps}
+            | {"mean of stored vectors": self.stored is not None and is_lvq(self.stored)},
             SHARDS: {
                 "index.shards": pipeline.index.shards,
+                "index.sharding": pipeline.index.sharding.value,
                 "index.rerank": pipeline.index.rerank,
+                "index.rerank_codec": self.stored.value if self.stored else None,
                 "version": SHARDS_VERSION,
             },
             EVALUATION: {f"evaluate.{name}": value for name, value in pipeline.evaluate.model_dump(mode="json").items()}
@@ -254,6 +293,7 @@ class Chain(Embedded):
     """And those of the index and its version, once it is known which index."""
 
     spec: IndexSpec
+    transforms_fingerprint: str | None
     training_fingerprint: str
     shards_fingerprint: str
     evaluation_fingerprint: str
@@ -268,7 +308,7 @@ class Chain(Embedded):
             TRAINING: self.training_fingerprint,
             SHARDS: self.shards_fingerprint,
             EVALUATION: self.evaluation_fingerprint,
-        }
+        } | ({} if self.transforms_fingerprint is None else {TRANSFORMS: self.transforms_fingerprint})
 
 
 @dataclass(frozen=True)
@@ -446,9 +486,11 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
     """All identities, of an index that is chosen."""
     spec = index_spec(resolved, embedded.rows)
     members = fingerprint_set(list(embedded.embeddings.values()))
+    transforms = _transforms_fingerprint(resolved, members)
     training = fingerprint(
         stage=TRAINING,
         embeddings=members,
+        transforms=transforms,
         factory=spec.factory,
         built_with=spec.ef_construction,
         **resolved.parameters[TRAINING],
@@ -466,6 +508,7 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
     return Chain(
         **vars(embedded),
         spec=spec,
+        transforms_fingerprint=transforms,
         training_fingerprint=training,
         shards_fingerprint=shards,
         evaluation_fingerprint=evaluation,
@@ -473,17 +516,32 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
     )
 
 
+def _transforms_fingerprint(resolved: Resolved, members: str) -> str | None:
+    """Identity of the fitted transforms: their steps, the vectors and the queries that they are fitted to."""
+    index = resolved.pipeline.index
+    if not index.transforms:
+        return None
+    queries = [] if index.queries is None else [_content(index.queries), resolved.query_encoder.fingerprint()]
+    steps = [step_to_json(step) for step in index.steps()]
+    return fingerprint(stage=TRANSFORMS, version=TRANSFORMS_VERSION, embeddings=members, steps=steps, queries=queries)
+
+
 def shard_rows(resolved: Resolved, rows: int) -> int:
     return max(1, rows // resolved.pipeline.index.shards)
 
 
+def searched_rows(resolved: Resolved, rows: int) -> int:
+    """Rows among which one index searches: those of a shard, or all where shards own cells of one index."""
+    return rows if resolved.pipeline.index.sharding is Sharding.CLUSTER else shard_rows(resolved, rows)
+
+
 def index_spec(resolved: Resolved, rows: int) -> IndexSpec:
-    index, family, dimension = resolved.pipeline.index, chosen_family(resolved), resolved.encoder.dimension
-    factory = index.factory or _factory(resolved.pipeline, family, dimension, shard_rows(resolved, rows))
+    index, family, dimension = resolved.pipeline.index, chosen_family(resolved), resolved.index_dimension
+    factory = index.factory or _factory(resolved.pipeline, family, dimension, searched_rows(resolved, rows))
     return IndexSpec(
         family=family,
         codec=index.codec,
-        metric=resolved.metric,
+        metric=resolved.index_metric,
         dimension=dimension,
         factory=factory,
         training_rows=index.training_rows,
@@ -515,11 +573,19 @@ def index_candidates(resolved: Resolved, rows: int) -> list[Candidate]:
     """
     if rows < LEAST_ROWS:
         return []
-    whole = shard_rows(resolved, rows)
+    whole = searched_rows(resolved, rows)
     sample = max(1, min(SCREENING_ROWS, whole, rows - held_out_rows(rows)))
     training_rows = resolved.pipeline.index.training_rows
     dimension, metric = resolved.encoder.dimension, resolved.metric
-    return candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
+    found = candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
+    if resolved.pipeline.index.sharding is Sharding.HASH:
+        return found
+    cells = [one for one in found if one.family is Family.IVF]
+    if not cells:
+        raise ValueError(
+            f"sharding (cluster) needs an index of family ivf, which {rows} vectors cannot train; take sharding hash"
+        )
+    return cells
 
 
 def held_out_rows(rows: int) -> int:
@@ -728,8 +794,14 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
     """The file with the family and codec of its factory string; refuses an index that cannot be built or fit."""
     index = pipeline.index
     try:
+        for step in index.steps():
+            dimension, metric = output_dimension(step, dimension), metric_after(step, dimension, metric)
         if index.factory is not None:
             spec = parse_factory(index.factory, dimension, metric, index.seed)
+            if index.sharding is Sharding.CLUSTER and spec.family is not Family.IVF:
+                raise ValueError(
+                    f"sharding (cluster) shares out the cells of family ivf, but factory is {index.factory}"
+                )
             known = index.model_copy(update={"family": spec.family, "codec": spec.codec})
             return pipeline.model_copy(update={"index": known})
         if index.family == "auto":
@@ -745,8 +817,8 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
 
 def _check_evaluation(pipeline: PipelineFile, origin: Origin) -> None:
     """Refuse files of queries and judgements that are not there."""
-    evaluate = pipeline.evaluate
-    for place, path in (("evaluate.queries", evaluate.queries), ("evaluate.relevance", evaluate.relevance)):
+    evaluate, named = pipeline.evaluate, ("index.queries", pipeline.index.queries)
+    for place, path in (("evaluate.queries", evaluate.queries), ("evaluate.relevance", evaluate.relevance), named):
         if isinstance(path, str):
             store, name = split_path(path)
             if store.info(name) is None:
@@ -761,9 +833,14 @@ def _evaluation_inputs(resolved: Resolved) -> list[str]:
     paths = [path for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
     contents = []
     for path in paths:
-        store, name = split_path(path)
-        contents.append(hashlib.sha256(store.read(name)).hexdigest())
+        contents.append(_content(path))
     return [*contents, resolved.query_encoder.fingerprint()]
+
+
+def _content(path: str) -> str:
+    """sha256 of a file."""
+    store, name = split_path(path)
+    return hashlib.sha256(store.read(name)).hexdigest()
 
 
 def split_path(path: str) -> tuple[Store, str]:

@@ -5,15 +5,22 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
+from penstock.cluster.jobs.placement import owners_path
 from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, FileRecord, ShardRecord
+from penstock.cluster.jobs.training import read_trained
+from penstock.cluster.jobs.transforms import chain_path
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, shard_file
+from penstock.cluster.published import OWNERS_FILE, ROUTING_FILE, TRANSFORMS_FILE, VERSION_FILES, VersionFiles
 from penstock.cluster.storage import Store
+from penstock.operators.sharding import Sharding
+from penstock.operators.transforms import step_to_json
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import Chain, Resolved
@@ -24,17 +31,26 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 SHARD_FILE_KINDS = (FAISS, IDS, ROWS, VECTORS, DUPLICATES)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What lies in a version's folder: its shards, what these share, and where it came from."""
+
+    shards: Sequence[ShardRecord]
+    files: tuple[FileRecord, ...]
+    lineage: FileRecord
+
+
 def make_manifest(
     resolved: Resolved,
     chain: Chain,
     run_id: str,
-    shards: Sequence[ShardRecord],
-    lineage: FileRecord,
+    placed: Placed,
     evaluation: dict[str, Any],
     checks: Sequence[Check],
     entries: Sequence[StageEntry],
 ) -> dict[str, Any]:
     """All that a reader needs to open and query the version, and all that says how it came about."""
+    shards, lineage = placed.shards, placed.lineage
     rows = sum(shard.rows for shard in shards)
     return {
         "format": FORMAT,
@@ -44,25 +60,55 @@ def make_manifest(
         "rows": rows,
         "documents": entries[0].rows_out,
         "duplicates": sum(shard.duplicates for shard in shards),
-        "metric": chain.spec.metric.value,
-        "dimension": chain.spec.dimension,
+        "metric": resolved.metric.value,
+        "dimension": resolved.encoder.dimension,
         "model": _model(resolved),
-        "transforms": [],
+        "transforms": [step_to_json(step) for step in resolved.pipeline.index.steps()],
         "faiss": {
             "family": chain.spec.family.value,
             "codec": chain.spec.codec.value,
             "factory": chain.spec.factory,
+            "dimension": chain.spec.dimension,
             "seed": chain.spec.seed,
         },
         "rerank": resolved.pipeline.index.rerank,
+        "stored": stored.value if (stored := resolved.stored) else None,
         "bytes_per_vector": round(index_bytes(shards) / max(rows, 1), 1),
         "operating_point": evaluation["default"],
         "evaluation": evaluation,
         "gate": [check.to_json() for check in checks],
-        "sharding": {"rule": "hash", "shards": len(shards)},
+        "sharding": _sharding(resolved, shards, evaluation),
+        "files": [vars(file) for file in placed.files],
         "shards": [_shard(shard) for shard in shards],
         "lineage": vars(lineage) | {"stages": chain.stages(resolved)},
     }
+
+
+def place_files(store: Store, folder: str, resolved: Resolved, chain: Chain) -> VersionFiles:
+    """Copy into a version's folder what its shards share: transforms, and what routes queries to them."""
+    sources = {}
+    if chain.transforms_fingerprint is not None:
+        sources[TRANSFORMS_FILE] = store.read(chain_path(chain.transforms_fingerprint))
+    if resolved.pipeline.index.sharding is Sharding.CLUSTER:
+        sources[ROUTING_FILE] = read_trained(store, chain.training_fingerprint)
+        sources[OWNERS_FILE] = store.read(owners_path(chain.shards_fingerprint))
+    present = store.names(folder)
+    for name, data in sources.items():
+        if name not in present:
+            store.write(f"{folder}/{name}", data)
+    return VersionFiles(
+        folder,
+        tuple(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sources.items()),
+    )
+
+
+def files_of(manifest: dict[str, Any]) -> tuple[FileRecord, ...]:
+    """The files of a version that are of no single shard.
+
+    Raises:
+        ValueError: a file name or hash that this format does not have.
+    """
+    return tuple(_checked_file(file, set(VERSION_FILES), "a version") for file in manifest.get("files", ()))
 
 
 def index_bytes(shards: Sequence[ShardRecord]) -> int:
@@ -124,7 +170,7 @@ def shards_of(manifest: dict[str, Any], folder: str) -> list[ShardRecord]:
             shard["rows"],
             shard["duplicates"],
             folder,
-            tuple(_checked_file(file, int(shard["shard"])) for file in shard["files"]),
+            tuple(_checked_shard_file(file, int(shard["shard"])) for file in shard["files"]),
         )
         for shard in manifest["shards"]
     ]
@@ -137,19 +183,34 @@ def move_alias(catalog: Catalog, alias: str, version: str, expected: int, run_id
 
 def _contents(manifest: dict[str, Any]) -> str:
     """What must agree between two manifests of one version: the rows and the hashes of the files."""
-    files = sorted((file["name"], file["sha256"]) for shard in manifest["shards"] for file in shard["files"])
+    listed = [file for shard in manifest["shards"] for file in shard["files"]] + manifest.get("files", [])
+    files = sorted((file["name"], file["sha256"]) for file in listed)
     return json.dumps([manifest["format"], manifest["version"], manifest["rows"], files])
 
 
-def _checked_file(file: dict[str, Any], shard: int) -> FileRecord:
+def _checked_shard_file(file: dict[str, Any], shard: int) -> FileRecord:
+    return _checked_file(file, {shard_file(shard, kind) for kind in SHARD_FILE_KINDS}, f"shard {shard}")
+
+
+def _checked_file(file: dict[str, Any], known: set[str], owner: str) -> FileRecord:
     record = FileRecord(str(file["name"]), int(file["size_bytes"]), str(file["sha256"]))
-    if record.name not in {shard_file(shard, kind) for kind in SHARD_FILE_KINDS}:
+    if record.name not in known:
         raise ValueError(
-            f"manifest: file {record.name!r} is none that shard {shard} has; the manifest was not written by a run"
+            f"manifest: file {record.name!r} is none that {owner} has; the manifest was not written by a run"
         )
     if not SHA256.fullmatch(record.sha256):
         raise ValueError(f"manifest: sha256 of {record.name} must be 64 hexadecimal digits, got {record.sha256[:80]!r}")
     return record
+
+
+def _sharding(resolved: Resolved, shards: Sequence[ShardRecord], evaluation: dict[str, Any]) -> dict[str, Any]:
+    rule, rows = resolved.pipeline.index.sharding, [shard.rows for shard in shards]
+    return {
+        "rule": rule.value,
+        "shards": len(shards),
+        "imbalance": round(max(rows) * len(rows) / max(sum(rows), 1), 4),
+        "shards_touched": evaluation.get("shards_touched", len(shards)),
+    }
 
 
 def _shard(shard: ShardRecord) -> dict[str, Any]:

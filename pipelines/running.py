@@ -32,28 +32,27 @@ from penstock.cluster.jobs.selection import (
     resolve_documents,
     resolve_passages,
 )
-from penstock.cluster.jobs.shards import FragmentPair, ShardJob, ShardRecord, ShardTask, build_shard
-from penstock.cluster.jobs.training import TrainingTask, train, training_record_path
+from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.layout import (
     EMBEDDINGS,
     EVALUATION,
     PASSAGES,
     SELECTION,
-    SHARDS,
-    TRAINING,
     dead_letter_path,
     fragment_path,
     stage_record_path,
 )
 from penstock.cluster.leases import Lease, acquire
+from penstock.cluster.published import VersionFiles
 from penstock.cluster.session import Session
 from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store
 from penstock.operators.chunking import PassageType
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend
+from penstock.pipelines.building import Building, vectors_read
 from penstock.pipelines.config import TabularDocuments
 from penstock.pipelines.embedding_meter import EmbeddingMeter
-from penstock.pipelines.evaluating import evaluate
+from penstock.pipelines.evaluating import Measurement
 from penstock.pipelines.gate import Check, failed, gate_checks
 from penstock.pipelines.history import Status, new_run_id, write_dead_letters, write_run, write_sources
 from penstock.pipelines.ledger import DOCUMENTS, StageEntry, check_sums, dropped_fraction, write_ledger
@@ -75,7 +74,6 @@ from penstock.pipelines.planning import (
     facts_path,
     facts_table,
     finished_fragments,
-    finished_shards,
     make_chain,
     pending_passages,
     precision_path,
@@ -84,12 +82,12 @@ from penstock.pipelines.planning import (
 )
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import (
+    Placed,
     index_bytes,
     make_manifest,
     move_alias,
     place_shards,
     publish_manifest,
-    shards_of,
     write_lineage,
 )
 from penstock.pipelines.tuning import tune_index, unmet
@@ -248,12 +246,16 @@ class Run:
         chain = make_chain(self.resolved, embedded)
         for stage, stage_fingerprint in chain.stages(self.resolved).items():
             self._write_stage_record(stage, stage_fingerprint)
-        self._training(chain)
-        shards = self._shards(chain, sum(receipt.rows_out for receipt in receipts))
-        evaluation = self._evaluation(chain, shards)
+        building = Building(self._session, self._store, self._reporter, self.resolved, chain)
+        building.fit_transforms()
+        building.train()
+        shards = building.build_shards(sum(receipt.rows_out for receipt in receipts))
+        self._entries += building.entries
+        files = building.place_files()
+        evaluation = self._evaluation(chain, shards, files)
         lost_files = self._dead_letters(chain, receipts)
         check_sums(self._entries)
-        return self._publish(lease, head, chain, shards, evaluation, lost_files)
+        return self._publish(lease, head, chain, shards, files, evaluation, lost_files)
 
     def _write_stage_record(self, stage: str, stage_fingerprint: str) -> None:
         """Say beside a stage's outputs what made them."""
@@ -557,92 +559,18 @@ class Run:
             most = min(most, max(fit, 1))
         return Pool(min(least, tasks), min(most, tasks), workers.cpus * ACTOR_CPU_SHARE, workers.gpus)
 
-    def _training(self, chain: Chain) -> None:
-        if self._store.info(training_record_path(chain.training_fingerprint)) is not None:
-            return
-        fragments = tuple(sorted(chain.embeddings.values()))
-        task = TrainingTask(
-            self._store.url, chain.embeddings_fingerprint, fragments, chain.rows, chain.spec, chain.training_fingerprint
-        )
-        started = time.monotonic()
-        with self._reporter.stage(TRAINING, 1, "index") as advance:
-            rows = self._session.run(train, task)
-            advance(1, f"{chain.spec.factory} on {rows:,} vectors")
-        self._entries.append(self._whole_entry(TRAINING, rows, started))
-
-    def _shards(self, chain: Chain, vectors: int) -> list[ShardRecord]:
-        started = time.monotonic()
-        count = self.resolved.pipeline.index.shards
-        records = self._published_shards(chain) or finished_shards(self._store, chain.shards_fingerprint, count)
-        before = len(records)
-        todo = [shard for shard in range(count) if shard not in records]
-        if todo:
-            job = self._shard_job(chain)
-            with self._reporter.stage(SHARDS, len(todo), "shards") as advance:
-                for record in self._session.stream(build_shard, [ShardTask(job, shard) for shard in todo]):
-                    records[record.shard] = record
-                    advance(1, f"{sum(one.rows for one in records.values()):,} vectors")
-        built = [records[shard] for shard in todo]
-        self._entries.append(
-            StageEntry(
-                stage=SHARDS,
-                rows_in=vectors,
-                rows_out=sum(record.rows for record in records.values()),
-                fragments=count,
-                fragments_done_before=before,
-                seconds=time.monotonic() - started,
-                busy_s=sum(record.busy_s for record in built),
-                bytes_read=sum(record.bytes_read for record in built),
-                bytes_written=sum(file.size_bytes for record in built for file in record.files),
-            )
-        )
-        return [records[shard] for shard in range(count)]
-
-    def _published_shards(self, chain: Chain) -> dict[int, ShardRecord]:
-        """The shards of this very version, if it is published: nothing is ever written into its folder again."""
-        if not self._catalog.has_manifest(chain.version):
-            return {}
-        folder = self._catalog.version_folder(chain.version)
-        return {record.shard: record for record in shards_of(self._catalog.manifest(chain.version), folder)}
-
-    def _shard_job(self, chain: Chain) -> ShardJob:
-        resolved = self.resolved
-        pairs = [
-            FragmentPair(fact.passages, chain.embeddings[fact.passages], fact.kept < fact.passages_in)
-            for fact in chain.facts
-            if fact.kept
-        ]
-        return ShardJob(
-            root=self._store.url,
-            fingerprint=chain.shards_fingerprint,
-            folder=self._catalog.version_folder(chain.version),
-            passages_fingerprint=resolved.stage_fingerprint(PASSAGES),
-            selection_fingerprint=resolved.selection_fingerprint,
-            embeddings_fingerprint=chain.embeddings_fingerprint,
-            training_fingerprint=chain.training_fingerprint,
-            fragments=tuple(sorted(pairs, key=lambda pair: pair.embeddings)),
-            shards=resolved.pipeline.index.shards,
-            spec=chain.spec,
-            rerank=resolved.pipeline.index.rerank,
-        )
-
-    def _evaluation(self, chain: Chain, shards: list[ShardRecord]) -> dict[str, Any]:
+    def _evaluation(self, chain: Chain, shards: list[ShardRecord], files: VersionFiles) -> dict[str, Any]:
         path = evaluation_path(chain.evaluation_fingerprint)
         record = read_json(self._store, path)
         if record is not None:
             return record
         started = time.monotonic()
-        with self._reporter.stage(EVALUATION, 2 * len(shards), "shards") as advance:
-            record = evaluate(self._session, self.resolved, chain, shards, self._store.url, advance)
+        measurement = Measurement(self._session, self.resolved, chain, shards, files, self._store.url)
+        with self._reporter.stage(EVALUATION, measurement.rounds * len(shards), "shards") as advance:
+            record = measurement.evaluate(advance)
         write_json(self._store, path, record)
-        self._entries.append(self._whole_entry(EVALUATION, chain.rows, started))
+        self._entries.append(vectors_read(EVALUATION, chain.rows, started, self.resolved))
         return record
-
-    def _whole_entry(self, stage: str, vectors: int, started: float) -> StageEntry:
-        """The entry of a stage that reads vectors and loses none."""
-        seconds = time.monotonic() - started
-        bytes_read = vectors * vector_bytes(self.resolved)
-        return StageEntry(stage, vectors, vectors, seconds=seconds, busy_s=seconds, bytes_read=bytes_read)
 
     def _dead_letters(self, chain: Chain, receipts: Sequence[Receipt]) -> int:
         passages = self.resolved.stage_fingerprint(PASSAGES)
@@ -660,6 +588,7 @@ class Run:
         head: int,
         chain: Chain,
         shards: list[ShardRecord],
+        files: VersionFiles,
         evaluation: dict[str, Any],
         lost_files: int,
     ) -> Report:
@@ -675,7 +604,8 @@ class Run:
             manifest = self._catalog.manifest(chain.version)
         else:
             lineage = write_lineage(self._store, folder, self.resolved, chain)
-            made = make_manifest(self.resolved, chain, self.run_id, shards, lineage, evaluation, checks, self._entries)
+            placed = Placed(shards, files.files, lineage)
+            made = make_manifest(self.resolved, chain, self.run_id, placed, evaluation, checks, self._entries)
             manifest = publish_manifest(self._catalog, made)
         write_ledger(self._store, self.run_id, self._entries)
         status, entry, notes = self._promote(lease, head, chain.version, checks)

@@ -16,7 +16,7 @@ from penstock.pipelines.planning import (
     Resolved,
     held_out_rows,
     index_candidates,
-    shard_rows,
+    searched_rows,
     split_path,
 )
 from penstock.pipelines.progress import Reporter
@@ -40,7 +40,7 @@ def tune_index(
         exhaustive: measure every candidate at the full sample, not only those that promise most.
     """
     budget = resolved.budget(embedded.rows)
-    rows = shard_rows(resolved, embedded.rows)
+    rows = searched_rows(resolved, embedded.rows)
     exact = Candidate(Family.FLAT, Codec.NONE, False)
     grid = index_candidates(resolved, embedded.rows)
     fits = exact in grid and budget.latency_ms is None and not exhaustive
@@ -84,7 +84,7 @@ def _job(session: Session, resolved: Resolved, embedded: Embedded, root: str, bu
         embeddings_fingerprint=embedded.embeddings_fingerprint,
         fragments=tuple(sorted(embedded.embeddings.values())),
         rows=embedded.rows,
-        shard_rows=shard_rows(resolved, embedded.rows),
+        shard_rows=searched_rows(resolved, embedded.rows),
         budget=budget,
         metric=resolved.metric,
         seed=index.seed,

@@ -1,4 +1,4 @@
-"""Embeddings → centroids by k-means over all fragments, and the cell of each row.
+"""Embeddings → centroids by k-means over all fragments.
 
 Each finished iteration is one stored object, from which the tasks of the next read the centroids: a run that crashed
 goes on behind the last one, and ends with the same bytes.
@@ -8,26 +8,16 @@ import functools
 import hashlib
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow as pa
 
-from penstock.cluster.fragments import (
-    ROW_GROUP_ROWS,
-    Receipt,
-    Work,
-    open_fragment,
-    read_fragment,
-    vectors_of,
-    write_fragment,
-)
-from penstock.cluster.jobs.training import read_trained, sample_vectors
-from penstock.cluster.layout import CELLS, CENTROIDS, EMBEDDINGS, fragment_path, stage_folder
+from penstock.cluster.jobs.sampling import sample_vectors
+from penstock.cluster.jobs.transforms import read_chain, vector_batches
+from penstock.cluster.layout import CENTROIDS, EMBEDDINGS, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
@@ -44,7 +34,6 @@ from penstock.operators.clustering import (
     updated_centroids,
 )
 from penstock.operators.indexing import FaissObject, faiss_threads
-from penstock.operators.routing import index_cells
 
 TASKS_PER_CPU = 4  # so that a slow task does not keep the others waiting for long
 CHECKED_ROWS = 4_096  # a share of 0.99 is then known within 0.003, at two standard errors
@@ -58,7 +47,8 @@ class DamagedCentroids(Exception):
 
 @dataclass(frozen=True)
 class ClusteringJob:
-    """What to cluster: the embeddings fragments, about how many rows they hold, and the GPUs that each task takes."""
+    """What to cluster: the embeddings fragments, about how many rows they hold, the GPUs that each task takes, and the
+    fingerprint of the transforms that vectors pass first."""
 
     root: str
     fingerprint: str
@@ -67,6 +57,7 @@ class ClusteringJob:
     rows: int
     spec: ClusteringSpec
     gpus: float = 0.0
+    transforms: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,29 +99,6 @@ class SumsTask:
     fragments: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class CellsJob:
-    """What all fragments of the cells share; `cells` is the number of lists of the trained index."""
-
-    root: str
-    fingerprint: str
-    embeddings_fingerprint: str
-    training_fingerprint: str
-    cells: int
-
-
-@dataclass(frozen=True)
-class CellsTask:
-    job: CellsJob
-    fragment: str
-
-
-@dataclass(frozen=True)
-class CountTask:
-    job: CellsJob
-    fragments: tuple[str, ...]
-
-
 def centroids_path(fingerprint: str, iteration: int) -> str:
     """The centroids of an iteration, as the faiss index that finds the nearest of them."""
     return f"{stage_folder(CENTROIDS, fingerprint)}/centroids-{iteration:05d}.faiss"
@@ -165,6 +133,8 @@ def start_centroids(job: ClusteringJob) -> Iteration:
     store, spec = connect(job.root), job.spec
     paths = [fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment) for fragment in job.fragments]
     sample = sample_vectors(store, paths, job.rows, spec.training_rows, spec.seed)
+    chain = read_chain(store, job.transforms)
+    sample = chain.apply_documents(sample) if chain else sample
     quantizer = build_quantizer(cluster_sample(spec, sample), spec.spherical)
     recall = assignment_recall(quantizer, sample[:CHECKED_ROWS])
     digest = _store_quantizer(store, job.fingerprint, 0, quantizer)
@@ -178,10 +148,12 @@ def sum_cells(task: SumsTask) -> CellSums:
     job = task.job
     store = connect(job.root)
     quantizer = on_gpus(_kept_quantizer(job.root, job.fingerprint, task.iteration, task.sha256))
-    sums = CellSums.empty(job.spec)
+    sums, chain = CellSums.empty(job.spec), read_chain(store, job.transforms)
     with faiss_threads(1):
         for fragment in task.fragments:
-            for vectors in _batches(store, fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment)):
+            for vectors in vector_batches(
+                store, fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment), chain
+            ):
                 sums.add(vectors, *nearest_cells(quantizer, vectors))
     return sums
 
@@ -207,40 +179,6 @@ def read_centroids(store: Store, fingerprint: str) -> np.ndarray:
             "one; run again, which goes on from there"
         )
     return centroids_of(_read_quantizer(store, fingerprint, iteration.number, iteration.sha256))
-
-
-def write_cells(task: CellsTask) -> Work:
-    """Write the cell of each row of an embeddings fragment, in the order of its rows: a column `cell` of int32."""
-    started = time.perf_counter()
-    job = task.job
-    store = connect(job.root)
-    index = _kept_trained(job.root, job.training_fingerprint)
-    cells = [np.empty(0, np.int32)]
-    bytes_read = 0
-    with faiss_threads(1):
-        for vectors in _batches(store, fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)):
-            cells.append(index_cells(index, vectors))
-            bytes_read += vectors.nbytes
-    table = pa.table({"cell": pa.array(np.concatenate(cells))})
-    receipt = Receipt(task.fragment, table.num_rows, table.num_rows)
-    written = write_fragment(store, fragment_path(CELLS, job.fingerprint, task.fragment), table, receipt)
-    busy_s = time.perf_counter() - started
-    return Work(receipt, busy_s=busy_s, bytes_read=bytes_read, bytes_written=written)
-
-
-def read_cells(store: Store, fingerprint: str, fragment: str) -> np.ndarray:
-    """The cell, int32 (n,), of each row of an embeddings fragment."""
-    cells: np.ndarray = read_fragment(store, fragment_path(CELLS, fingerprint, fragment)).column("cell").to_numpy()
-    return cells
-
-
-def count_cells(task: CountTask) -> np.ndarray:
-    """Rows of each cell in fragments, int64 (k,)."""
-    job, store = task.job, connect(task.job.root)
-    rows = np.zeros(job.cells, np.int64)
-    for fragment in task.fragments:
-        rows += np.bincount(read_cells(store, job.fingerprint, fragment), minlength=job.cells)
-    return rows
 
 
 def _iterate(session: Session, store: Store, job: ClusteringJob, before: Iteration) -> Iteration:
@@ -270,13 +208,6 @@ def _finish_iteration(store: Store, job: ClusteringJob, before: Iteration, sums:
     return iteration
 
 
-def _batches(store: Store, path: str) -> Iterator[np.ndarray]:
-    """The vectors of a fragment, (n, d) as they are stored, in batches that depend on the fragment alone."""
-    with open_fragment(store, path) as file:
-        for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["embedding"]):
-            yield vectors_of(pa.chunked_array([batch.column(0)]))
-
-
 def _store_quantizer(store: Store, fingerprint: str, iteration: int, quantizer: FaissObject) -> str:
     """Store centroids; returns the sha256 of what was stored."""
     data: bytes = _faiss.serialize_index(quantizer).tobytes()
@@ -300,11 +231,6 @@ def _read_quantizer(store: Store, fingerprint: str, iteration: int, sha256: str)
 def _kept_quantizer(root: str, fingerprint: str, iteration: int, sha256: str) -> FaissObject:
     """The quantizer of the present iteration, once per process."""
     return _read_quantizer(connect(root), fingerprint, iteration, sha256)
-
-
-@functools.lru_cache(maxsize=1)
-def _kept_trained(root: str, fingerprint: str) -> FaissObject:
-    return _faiss.deserialize_index(np.frombuffer(read_trained(connect(root), fingerprint), np.uint8))
 
 
 def _tell(on_iteration: Callable[[Iteration], None] | None, iteration: Iteration) -> None:

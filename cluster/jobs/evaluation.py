@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,13 @@ from penstock.cluster.fragments import open_fragment, read_hash_range, vectors_o
 from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.layout import EMBEDDINGS, fragment_path
 from penstock.cluster.node import connect, model_folder
-from penstock.cluster.published import open_searcher
+from penstock.cluster.published import VersionFiles, open_searcher
 from penstock.operators.encoder_worker import QUERY_BATCH_TOKENS, EncoderWorker
 from penstock.operators.encoding import Encoder
+from penstock.operators.entrance import Entrance
 from penstock.operators.evaluation import Neighbours, exact_neighbours
 from penstock.operators.indexing import Family, Metric
-from penstock.operators.searching import Hits, SearchParameters
+from penstock.operators.searching import Hits, SearchParameters, ShardSearcher, spread_hits
 from penstock.operators.sharding import hash_range
 
 TIMED_QUERIES = 50
@@ -76,25 +78,36 @@ class ExactTask:
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """Search one shard at each of several operating points."""
+    """Search one shard at each of several operating points, with the queries that need it.
+
+    Attributes:
+        queries: float32 (q, d), before transforms.
+        files: what the shards of the version share.
+        ids: passages of which to tell which lie in this shard.
+    """
 
     root: str
     shard: ShardRecord
+    files: VersionFiles
     family: Family
     metric: Metric
     queries: np.ndarray
     k: int
     points: tuple[SearchParameters, ...]
     timed: bool
+    ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one shard answered: hits and median milliseconds of a single query, per operating point."""
+    """What one shard answered, per operating point: hits, median milliseconds of a single query, and how many queries
+    needed this shard; and which of the passages asked for lie in it."""
 
     shard: int
     hits: tuple[Hits, ...]
     latency_ms: tuple[float, ...]
+    touched: tuple[int, ...]
+    own_ids: frozenset[str]
 
 
 def sample_queries(task: SampleTask) -> Queries:
@@ -132,17 +145,34 @@ def find_exact(task: ExactTask) -> Neighbours:
 
 def measure_shard(task: MeasureTask) -> Measured:
     """Open the shard as a reader does, then search it at each point; memory: the shard."""
-    searcher = open_searcher(connect(task.root), task.shard, task.family, task.metric)
-    hits, latencies = [], []
+    store = connect(task.root)
+    entrance = task.files.open_entrance(store)
+    searcher = open_searcher(store, task.shard, task.family, task.metric, entrance.chain)
+    search = partial(_search, searcher, entrance, task.shard.shard, task.k)
+    hits, latencies, touched = [], [], []
     for point in task.points:
-        hits.append(searcher.search(task.queries, task.k, point))
+        found, asked = search(task.queries, point)
+        hits.append(found)
+        touched.append(len(asked))
         times_ms = []
-        for query in task.queries[: TIMED_QUERIES if task.timed else 0]:
+        for query in task.queries[asked[: TIMED_QUERIES if task.timed else 0]]:
             started = time.perf_counter()
-            searcher.search(query[None, :], task.k, point)
+            search(query[None, :], point)
             times_ms.append(1000 * (time.perf_counter() - started))
         latencies.append(float(np.median(times_ms[WARM_UP_QUERIES:])) if len(times_ms) > WARM_UP_QUERIES else 0.0)
-    return Measured(task.shard.shard, tuple(hits), tuple(latencies))
+    return Measured(task.shard.shard, tuple(hits), tuple(latencies), tuple(touched), searcher.own_ids(task.ids))
+
+
+def _search(
+    searcher: ShardSearcher, entrance: Entrance, shard: int, k: int, queries: np.ndarray, point: SearchParameters
+) -> tuple[Hits, np.ndarray]:
+    """Hits in a shard of all queries that need it, and which these are, int64 (n,)."""
+    routing = entrance.route(queries, point)
+    if routing is None:
+        return searcher.search(queries, k, point), np.arange(len(queries))
+    asked = np.flatnonzero(routing.shards[:, shard])
+    hits = searcher.search(queries[asked], k, point, probes=routing.probes(shard, asked))
+    return spread_hits(hits, asked, len(queries)), asked
 
 
 def read_relevance(store_url: str, path: str) -> dict[str, dict[str, float]]:

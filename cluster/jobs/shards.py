@@ -4,7 +4,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,16 +13,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from penstock.cluster.fragments import read_hash_range, vectors_of
-from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files, kept_rows
-from penstock.cluster.jobs.training import read_trained
-from penstock.cluster.layout import EMBEDDINGS, PASSAGES, SHARDS, fragment_path, shard_file, stage_folder
+from penstock.cluster.fragments import vectors_of
+from penstock.cluster.jobs.placement import owners_path, read_owners, read_placed
+from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files
+from penstock.cluster.jobs.shard_rows import FragmentPair as FragmentPair
+from penstock.cluster.jobs.shard_rows import RowSource as RowSource
+from penstock.cluster.jobs.shard_rows import read_slices
+from penstock.cluster.jobs.training import read_mean, read_trained
+from penstock.cluster.jobs.transforms import read_chain
+from penstock.cluster.layout import SHARDS, shard_file, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
 from penstock.operators.identity import row_hashes
 from penstock.operators.indexing import IndexSpec, ShardBuilder
-from penstock.operators.searching import VectorWriter
-from penstock.operators.sharding import shard_of, shard_range
+from penstock.operators.routing import only_cells
+from penstock.operators.sharding import Sharding, shard_of, shard_range
+from penstock.operators.vector_codecs import VectorCodec, is_lvq
+from penstock.operators.vector_store import VectorWriter
 
 FAISS, IDS, ROWS, VECTORS, DUPLICATES = "faiss", "ids.arrow", "rows.arrow", "vectors.arrow", "duplicates.arrow"
 INTERNAL_COLUMNS = {"ordinal", "tokens", "row_hash", "text_hash", "normal_hash", "document_hash", "source", "position"}
@@ -59,29 +66,28 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class FragmentPair:
-    """An embeddings fragment, the passages fragment it was made of, and whether any of its passages are excluded."""
-
-    passages: str
-    embeddings: str
-    has_exclusions: bool
-
-
-@dataclass(frozen=True)
 class ShardJob:
-    """What all shards share. Fragments are in the order in which their rows are added."""
+    """What all shards share. Fragments are in the order in which their rows are added.
 
-    root: str
+    Attributes:
+        spec: of the index, behind the transforms.
+        dimension: of the embeddings.
+        sharding: what decides to which shard a row goes; with `cluster`, rows are placed before shards are built.
+        transforms: fingerprint of the transforms before the index, if there are any.
+        stored: codec of the vectors stored for re-ranking, or None.
+    """
+
+    source: RowSource
     fingerprint: str
     folder: str
-    passages_fingerprint: str
-    selection_fingerprint: str
-    embeddings_fingerprint: str
     training_fingerprint: str
     fragments: tuple[FragmentPair, ...]
     shards: int
     spec: IndexSpec
-    rerank: bool
+    dimension: int
+    stored: VectorCodec | None
+    sharding: Sharding = Sharding.HASH
+    transforms: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,11 @@ def build_shard(task: ShardTask) -> ShardRecord:
     Memory: the finished index, plus one fragment's slice.
     """
     started = time.perf_counter()
-    job, store = task.job, connect(task.job.root)
+    job, store = task.job, connect(task.job.source.root)
     with tempfile.TemporaryDirectory(prefix="penstock-shard-") as place:
         folder = Path(place)
         rows, bytes_read = _write_rows(task, store, folder)
-        duplicates = _write_duplicates(task, store, folder / shard_file(task.shard, DUPLICATES))
+        duplicates = _write_duplicates(task, store, folder)
         files = tuple(_upload(store, job.folder, path) for path in sorted(folder.iterdir()))
     busy_s = time.perf_counter() - started
     record = ShardRecord(task.shard, rows, duplicates, job.folder, files, busy_s, bytes_read)
@@ -116,15 +122,15 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> tuple[int, int]:
     """The faiss file, ids, rows and (for re-ranking) vectors, row i of each being the same passage; rows and bytes
     read."""
     job, bytes_read = task.job, 0
-    builder = ShardBuilder(read_trained(store, job.training_fingerprint), threads=1)
-    vectors_path = folder / shard_file(task.shard, VECTORS)
-    vectors = VectorWriter(vectors_path, job.spec.dimension, np.float16) if job.rerank else None
+    builder = ShardBuilder(_trained(task, store), threads=1)
+    chain = read_chain(store, job.transforms)
+    vectors = _vector_writer(task, store, folder)
     ids_writer: pa.ipc.RecordBatchFileWriter | None = None
     rows_writer: pa.ipc.RecordBatchFileWriter | None = None
     for embedded, passages in _slices(task, store):
         bytes_read += embedded.nbytes + passages.nbytes
         batch = vectors_of(embedded.column("embedding"))
-        builder.add(batch.astype(np.float32))
+        builder.add(chain.apply_documents(batch) if chain else batch.astype(np.float32))
         if vectors:
             vectors.add(batch)
         ids = embedded.select(["passage_id"]).rename_columns(["id"])
@@ -140,65 +146,62 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> tuple[int, int]:
     return builder.ntotal, bytes_read
 
 
-def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """For each fragment, its rows of this shard: (embeddings, passages), aligned. An empty shard yields one empty
-    pair."""
+def _trained(task: ShardTask, store: Store) -> bytes:
+    """The empty index to fill: with the shard's own cells alone, where it owns cells."""
+    job, trained = task.job, read_trained(store, task.job.training_fingerprint)
+    if job.sharding is Sharding.HASH:
+        return trained
+    owners = read_owners(store.read(owners_path(job.fingerprint)))
+    return only_cells(trained, owners.cells_of(task.shard))
+
+
+def _vector_writer(task: ShardTask, store: Store, folder: Path) -> VectorWriter | None:
     job = task.job
-    first, last = shard_range(task.shard, job.shards)
-    empty: tuple[pa.Table, pa.Table] | None = None
-    found = False
-    for pair in job.fragments:
-        path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, pair.embeddings)
-        embedded = read_hash_range(
-            store, path, first, last, ["passage_id", "text_hash", "embedding"]
-        ).replace_schema_metadata()
-        passages = _passages(store, job, pair, first, last)
-        if embedded.num_rows:
-            found = True
-            yield embedded.combine_chunks(), _aligned(passages, embedded)
-        elif empty is None:
-            empty = embedded, passages.slice(0, 0)
-    if not found and empty is not None:
-        yield empty
+    if job.stored is None:
+        return None
+    mean = read_mean(store, job.training_fingerprint) if is_lvq(job.stored) else None
+    return VectorWriter(folder / shard_file(task.shard, VECTORS), job.dimension, job.stored, mean)
 
 
-def _passages(store: Store, job: ShardJob, pair: FragmentPair, first: int, last: int) -> pa.Table:
-    """The passages of a fragment in the shard's range that stay, with all their columns."""
-    path = fragment_path(PASSAGES, job.passages_fingerprint, pair.passages)
-    with store.open(path) as stream:
-        columns = pa.parquet.read_schema(stream).names
-    table = read_hash_range(store, path, first, last, columns).replace_schema_metadata()
-    return kept_rows(store, table, job.selection_fingerprint, pair.passages) if pair.has_exclusions else table
+def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """(embeddings, passages) of the shard's rows, aligned, fragment by fragment."""
+    job = task.job
+    if job.sharding is Sharding.CLUSTER:
+        return read_placed(store, job.fingerprint, job.fragments, task.shard)
+    return read_slices(store, job.source, job.fragments, *shard_range(task.shard, job.shards))
 
 
-def _aligned(passages: pa.Table, embedded: pa.Table) -> pa.Table:
-    """The passages of the embedded rows, in their order; both are sorted the same way, the passages may be more."""
-    kept = passages.filter(pc.is_in(passages.column("passage_id"), embedded.column("passage_id").combine_chunks()))
-    if any(not kept.column(name).equals(embedded.column(name)) for name in ("passage_id", "text_hash")):
-        raise ValueError(
-            "embeddings and passages of a fragment must agree row by row; they do not: rebuild the fragment"
-        )
-    return kept.combine_chunks()
-
-
-def _write_duplicates(task: ShardTask, store: Store, path: Path) -> int:
+def _write_duplicates(task: ShardTask, store: Store, folder: Path) -> int:
     """Links of the passages that another one of this shard represents: id, document_id, represented_by."""
-    job, rows = task.job, 0
+    rows = 0
     schema = pa.schema([("id", pa.string()), ("document_id", pa.string()), ("represented_by", pa.string())])
-    with _ipc_writer(path, schema) as writer:
-        for name in exclusion_files(store, job.selection_fingerprint):
+    holds = _rows_held(task, folder)
+    with _ipc_writer(folder / shard_file(task.shard, DUPLICATES), schema) as writer:
+        for name in exclusion_files(store, task.job.source.selection_fingerprint):
             with store.open(name) as stream:
                 for batch in pa.parquet.ParquetFile(stream).iter_batches(65_536):
-                    links = _links(pa.Table.from_batches([batch]), task.shard, job.shards)
+                    links = _links(pa.Table.from_batches([batch]), holds)
                     writer.write_table(links.cast(schema))
                     rows += links.num_rows
     return rows
 
 
-def _links(exclusions: pa.Table, shard: int, shards: int) -> pa.Table:
+def _rows_held(task: ShardTask, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Tells of row hashes, uint64 (n,), which are of rows of this shard."""
+    job = task.job
+    if job.sharding is Sharding.HASH:
+        return lambda hashes: shard_of(hashes, job.shards) == task.shard
+    with pa.ipc.open_file(pa.memory_map(str(folder / shard_file(task.shard, IDS)))) as ids:
+        batches = (ids.get_batch(number) for number in range(ids.num_record_batches))
+        own = [row_hashes(batch.column(0).to_pylist()) for batch in batches]
+    held = np.sort(np.concatenate([*own, np.empty(0, np.uint64)]))
+    return lambda hashes: np.isin(hashes, held)
+
+
+def _links(exclusions: pa.Table, holds: Callable[[np.ndarray], np.ndarray]) -> pa.Table:
+    """The links to passages of the shard."""
     texts = exclusions.filter(pc.equal(exclusions.column("reason"), DUPLICATE_TEXT))
-    keepers = texts.column("represented_by").to_pylist()
-    here = shard_of(row_hashes(keepers), shards) == shard
+    here = holds(row_hashes(texts.column("represented_by").to_pylist()))
     return (
         texts.filter(pa.array(here))
         .select(["passage_id", "document_id", "represented_by"])

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from penstock.cluster.fragments import read_hash_range, vectors_of
+from penstock.cluster.jobs.clustering import read_centroids
+from penstock.cluster.jobs.sampling import sample_vectors as sample_vectors
+from penstock.cluster.jobs.transforms import read_chain
 from penstock.cluster.layout import EMBEDDINGS, TRAINING, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
 from penstock.operators.indexing import IndexSpec, requires_training, train_index
-from penstock.operators.sharding import hash_range
-
-# A range of hashes holds about as many rows as asked for: ask for more, then cut.
-OVERSAMPLING = 1.3
-OVERSAMPLED_ROWS = 64
+from penstock.operators.routing import plant_centroids
 
 
 class DamagedTraining(Exception):
@@ -25,12 +23,18 @@ class DamagedTraining(Exception):
 
 @dataclass(frozen=True)
 class TrainingTask:
+    """What to train, on vectors behind the transforms of a fingerprint; with centroids of another one as those of its
+    cells; and whether to record the mean of the sampled vectors, which codecs of stored vectors subtract."""
+
     root: str
     embeddings_fingerprint: str
     fragments: tuple[str, ...]
     rows: int
     spec: IndexSpec
     fingerprint: str
+    transforms: str | None = None
+    centroids: str | None = None
+    with_mean: bool = False
 
 
 def trained_path(fingerprint: str) -> str:
@@ -59,14 +63,31 @@ def read_trained(store: Store, fingerprint: str) -> bytes:
     return data
 
 
+def read_mean(store: Store, fingerprint: str) -> np.ndarray:
+    """The mean of the vectors sampled for training, float32 (d,), before transforms.
+
+    Raises:
+        KeyError: training did not record it.
+    """
+    record = json.loads(store.read(training_record_path(fingerprint)))
+    return np.array(record["mean"], np.float32)
+
+
 def train(task: TrainingTask) -> int:
     """Read the sample, train, store the empty index; returns the rows trained on. Memory: the sample in float32,
-    twice."""
-    sample = _sample(task) if requires_training(task.spec) else np.empty((0, task.spec.dimension), np.float32)
-    trained = train_index(task.spec, sample)
+    three times."""
     store = connect(task.root)
+    chain = read_chain(store, task.transforms)
+    learns = requires_training(task.spec)
+    sample = _sample(task) if learns or task.with_mean else np.empty((0, task.spec.dimension), np.float32)
+    mean = sample.mean(axis=0, dtype=np.float64).tolist() if task.with_mean else None
+    rows = chain.apply_documents(sample) if chain and learns else sample
+    plant = partial(plant_centroids, centroids=read_centroids(store, task.centroids)) if task.centroids else None
+    trained = train_index(task.spec, rows if learns else np.empty((0, task.spec.dimension), np.float32), plant=plant)
     store.write(trained_path(task.fingerprint), trained)
-    record = {"sha256": hashlib.sha256(trained).hexdigest(), "rows": len(sample)}
+    record = {"sha256": hashlib.sha256(trained).hexdigest(), "rows": len(sample) if learns else 0}
+    if mean is not None:
+        record["mean"] = mean
     store.write(training_record_path(task.fingerprint), json.dumps(record).encode())
     return len(sample)
 
@@ -75,20 +96,3 @@ def _sample(task: TrainingTask) -> np.ndarray:
     store, spec = connect(task.root), task.spec
     paths = [fragment_path(EMBEDDINGS, task.embeddings_fingerprint, fragment) for fragment in task.fragments]
     return sample_vectors(store, paths, task.rows, spec.training_rows, spec.seed)
-
-
-def sample_vectors(store: Store, paths: Sequence[str], rows: int, wanted: int, seed: int) -> np.ndarray:
-    """`wanted` of the `rows` vectors in embeddings fragments as float32 (n, d), all of them if there are fewer: a
-    contiguous, seeded range of the hash space, in the order of hashes, so that the sample is uniform, bounded, the
-    same for any cut into fragments, and little else is read."""
-    share = min(1.0, (wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(rows, 1))
-    parts: list[np.ndarray] = []
-    hashes: list[np.ndarray] = []
-    for first, last in hash_range(share, seed):
-        for path in paths:
-            table = read_hash_range(store, path, first, last, ["embedding"])
-            parts.append(vectors_of(table.column("embedding")))
-            hashes.append(table.column("row_hash").to_numpy())
-    order = np.argsort(np.concatenate(hashes), kind="stable")[:wanted]
-    sample: np.ndarray = np.concatenate(parts)[order].astype(np.float32)
-    return sample

@@ -12,24 +12,19 @@ import pytest
 
 from penstock.cluster.fragments import Receipt, read_receipt, vector_column, write_fragment
 from penstock.cluster.jobs import clustering
+from penstock.cluster.jobs.cells import CellsJob, CellsTask, CountTask, count_cells, read_cells, write_cells
 from penstock.cluster.jobs.clustering import (
-    CellsJob,
-    CellsTask,
     ClusteringJob,
-    CountTask,
     DamagedCentroids,
     Iteration,
     SumsTask,
     centroids_path,
-    count_cells,
     fit_centroids,
     iteration_path,
     last_iteration,
-    read_cells,
     read_centroids,
     start_centroids,
     sum_cells,
-    write_cells,
 )
 from penstock.cluster.jobs.training import TrainingTask, read_trained, train
 from penstock.cluster.layout import CELLS, EMBEDDINGS, fragment_path

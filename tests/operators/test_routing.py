@@ -7,9 +7,11 @@ import pytest
 
 from penstock.operators.indexing import Codec, Family, IndexSpec, Metric, factory_string, train_index
 from penstock.operators.routing import (
-    add_to_cells,
+    CellOwners,
+    Probes,
     index_cells,
     index_centroids,
+    only_cells,
     plant_centroids,
     route,
     search_cells,
@@ -46,6 +48,10 @@ def _trained(factory: str) -> np.ndarray:
     return faiss.serialize_index(index)
 
 
+def _owning(trained: np.ndarray, cells: np.ndarray) -> faiss.Index:
+    return faiss.deserialize_index(np.frombuffer(only_cells(trained.tobytes(), cells), np.uint8))
+
+
 @pytest.mark.parametrize("nprobe", [1, 4, CELLS])
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_routed_shards_give_the_hits_of_one_index(factory: str, nprobe: int) -> None:
@@ -59,14 +65,15 @@ def test_routed_shards_give_the_hits_of_one_index(factory: str, nprobe: int) -> 
 
     shard_of_cell = np.random.default_rng(6).integers(0, SHARDS, CELLS).astype(np.int32)
     shard_of_cell[0] = SHARDS - 1
-    routing = route(faiss.deserialize_index(trained), queries, nprobe, shard_of_cell)
+    owners = CellOwners(shard_of_cell, SHARDS)
+    routing = route(faiss.deserialize_index(trained), queries, nprobe, owners)
     near, rows = np.full((len(queries), 0), 0, np.float32), np.full((len(queries), 0), 0, np.int64)
     for shard in range(SHARDS):
         inside = np.flatnonzero(shard_of_cell[cells] == shard)
-        index = faiss.deserialize_index(trained)
-        add_to_cells(index, vectors[inside], cells[inside])
+        index = _owning(trained, owners.cells_of(shard))
+        index.add(vectors[inside])
         asked = np.flatnonzero(routing.shards[:, shard])
-        found_near, found = search_cells(index, routing, asked, K)
+        found_near, found = search_cells(index, routing.probes(shard, asked), K)
         part_near, part = np.full((len(queries), K), -np.inf, np.float32), np.full((len(queries), K), -1)
         part_near[asked] = np.where(found >= 0, found_near, -np.inf)
         part[asked] = np.where(found >= 0, inside[found], -1)
@@ -76,8 +83,10 @@ def test_routed_shards_give_the_hits_of_one_index(factory: str, nprobe: int) -> 
     filled = expected_rows >= 0
     assert np.array_equal(rows >= 0, filled)
     if transformed(whole, queries) is not queries:  # a product of matrices is rounded otherwise for fewer rows at once
-        np.testing.assert_allclose(near[filled], expected_near[filled], atol=1e-4)
-        assert (rows == expected_rows)[filled].mean() > 0.99
+        rounded_together = factory.endswith("RaBitQfs") and nprobe > 1  # the tables of the cells searched together
+        np.testing.assert_allclose(near[filled], expected_near[filled], atol=1e-2 if rounded_together else 1e-4)
+        same = [len(set(a) & set(b)) / K for a, b in zip(rows, expected_rows, strict=True)]
+        assert np.mean(same) > (0.9 if rounded_together else 0.99)
     else:
         assert np.array_equal(near[filled], expected_near[filled])
         assert np.array_equal(rows[filled], expected_rows[filled])
@@ -85,21 +94,34 @@ def test_routed_shards_give_the_hits_of_one_index(factory: str, nprobe: int) -> 
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_adding_to_found_cells_is_adding(factory: str) -> None:
+def test_rows_go_to_their_own_cell_among_those_of_their_shard(factory: str) -> None:
     trained, vectors = _trained(factory), _vectors(500)
-    plain, given = faiss.deserialize_index(trained), faiss.deserialize_index(trained)
-    plain.add(vectors)
-    add_to_cells(given, vectors, index_cells(given, vectors))
-    assert np.array_equal(faiss.serialize_index(plain), faiss.serialize_index(given))
+    owned = np.arange(0, CELLS, 3)
+    cells = index_cells(faiss.deserialize_index(trained), vectors)
+    inside = np.isin(cells, owned)
+    index = _owning(trained, owned)
+    assert np.array_equal(owned[index_cells(index, vectors[inside])], cells[inside])
+    whole = faiss.deserialize_index(trained)
+    assert np.array_equal(index_centroids(index), index_centroids(whole)[owned])
+    index.add(vectors[inside])
+    again = faiss.deserialize_index(faiss.serialize_index(index))
+    assert again.ntotal == inside.sum() and faiss.extract_index_ivf(again).nlist == len(owned)
+
+
+def test_cells_are_numbered_within_their_shard() -> None:
+    owners = CellOwners(np.array([1, 0, 1, 1, 0], np.int32), 3)
+    assert owners.numbers.tolist() == [0, 0, 1, 2, 1]
+    assert [owners.cells_of(shard).tolist() for shard in range(3)] == [[1, 4], [0, 2, 3], []]
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_less_coverage_searches_the_cells_of_the_heaviest_shards(factory: str) -> None:
     index, vectors, queries = faiss.deserialize_index(_trained(factory)), _vectors(ROWS), _vectors(50, seed=2)
     shard_of_cell = (np.arange(CELLS) % SHARDS).astype(np.int32)
+    owners = CellOwners(shard_of_cell, SHARDS)
     cells = index_cells(index, vectors)
     index.add(vectors)
-    whole, fewer, one = (route(index, queries, 12, shard_of_cell, coverage) for coverage in (1.0, 0.7, 1e-9))
+    whole, fewer, one = (route(index, queries, 12, owners, coverage) for coverage in (1.0, 0.7, 1e-9))
     assert (fewer.shards <= whole.shards).all() and 1 == one.mean_shards() < fewer.mean_shards() < whole.mean_shards()
     for query in range(len(queries)):
         weights = np.zeros(SHARDS)
@@ -111,7 +133,7 @@ def test_less_coverage_searches_the_cells_of_the_heaviest_shards(factory: str) -
         assert weights[chosen].sum() >= 0.7 * weights.sum() > weights[chosen].sum() - weights[chosen].min()
         kept = fewer.cells[query][fewer.cells[query] >= 0]
         assert set(kept) == {cell for cell in whole.cells[query] if fewer.shards[query, shard_of_cell[cell]]}
-    _, rows = search_cells(index, fewer, np.arange(len(queries)), K)
+    _, rows = search_cells(index, Probes(fewer.vectors, fewer.cells, fewer.distances), K)
     allowed = np.take_along_axis(fewer.shards, shard_of_cell[cells[rows]], axis=1)
     assert allowed[rows >= 0].all()
 
@@ -119,13 +141,14 @@ def test_less_coverage_searches_the_cells_of_the_heaviest_shards(factory: str) -
 def test_shards_are_those_of_the_nearest_cells() -> None:
     index, queries = faiss.deserialize_index(_trained("IVF24,Flat")), _vectors(30, seed=3)
     shard_of_cell = (np.arange(CELLS) % SHARDS).astype(np.int32)
-    routing = route(index, queries, 3, shard_of_cell)
+    owners = CellOwners(shard_of_cell, SHARDS)
+    routing = route(index, queries, 3, owners)
     order = np.argsort(-(queries @ index_centroids(index).T), axis=1)[:, :3]
     assert np.array_equal(routing.cells, order)
     for shards, cells in zip(routing.shards, order, strict=True):
         assert set(np.flatnonzero(shards)) == set(shard_of_cell[cells])
     assert routing.mean_shards() == routing.shards.sum() / 30
-    assert route(index, queries, 10 * CELLS, shard_of_cell).shards.all()
+    assert route(index, queries, 10 * CELLS, owners).shards.all()
 
 
 @pytest.mark.parametrize("factory", ["IVF24,Flat", "RR32,IVF24,RaBitQ4", "PCA16,IVF24,SQ8"])
@@ -144,7 +167,7 @@ def test_planted_centroids_stay(factory: str) -> None:
     ("nprobe", "cells", "coverage", "message"),
     [
         (0, CELLS, 1.0, "nprobe (0) must be at least 1"),
-        (1, 3, 1.0, "shard_of_cell (shape (3,)) must name a shard for each of 24"),
+        (1, 3, 1.0, "owners of cells (shape (3,)) must name a shard for each of 24"),
         (1, CELLS, 0.0, "coverage (0.0) must be above 0 and at most 1"),
         (1, CELLS, 1.5, "coverage (1.5) must be above 0 and at most 1"),
     ],
@@ -152,7 +175,7 @@ def test_planted_centroids_stay(factory: str) -> None:
 def test_unfit_routes_are_refused(nprobe: int, cells: int, coverage: float, message: str) -> None:
     index = faiss.deserialize_index(_trained("IVF24,Flat"))
     with pytest.raises(ValueError, match=re.escape(message)):
-        route(index, _vectors(2), nprobe, np.zeros(cells, np.int32), coverage)
+        route(index, _vectors(2), nprobe, CellOwners(np.zeros(cells, np.int32), 1), coverage)
 
 
 def test_centroids_of_another_shape_are_refused() -> None:

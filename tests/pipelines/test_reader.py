@@ -26,7 +26,7 @@ from penstock.operators.encoding import ModelMismatch
 from penstock.operators.searching import SearchParameters, normalize
 from penstock.pipelines import Coverage, Found, OpenIndex, open_index
 from penstock.pipelines.cli import app
-from penstock.pipelines.opened import OpenVersion, Request
+from penstock.pipelines.opened import Request
 from penstock.pipelines.reader import AliasUnknown
 
 from ..conftest import S3Server
@@ -154,33 +154,6 @@ def test_shards_and_rows_are_fetched_when_they_are_needed(
     with open_index(remote.url, "live") as again:
         assert same(again.search(queries, 5), found[0])
     assert len(fetched(s3_server, remote)) == 6
-
-
-class FirstShardForFirstQuery(OpenVersion):
-    """Asks shard 0 for all queries and shard 1 for all but the first."""
-
-    def shards_for(self, queries: np.ndarray) -> np.ndarray:
-        needed = np.ones((len(queries), 2), dtype=bool)
-        needed[0, 1] = False
-        return needed
-
-
-def test_only_the_shards_a_query_needs_are_fetched_and_searched(
-    library: Library, remote: Store, s3_server: S3Server, queries: np.ndarray
-) -> None:
-    everything = Request(10_000, SearchParameters(), False, (), False)
-    with open_index(remote.url, "live") as index, ThreadPoolExecutor(2) as pool:
-        whole = index._present()
-        routed = FirstShardForFirstQuery(remote, whole.manifest, whole.encoder, pool)
-        alone = routed.search(queries[:1], everything)
-        assert fetched(s3_server, remote) == ["shard-00000.faiss", "shard-00000.ids.arrow"]
-        both = routed.search(queries, everything)
-        full = whole.search(queries, everything)
-    rows = [shard["rows"] for shard in whole.manifest["shards"]]
-    filled = [sum(name is not None for name in ids) for ids in (alone.ids[0], both.ids[0], both.ids[1])]
-    assert filled == [rows[0], rows[0], sum(rows)]
-    assert (both.ids[1:] == full.ids[1:]).all() and (both.ids[0] == alone.ids[0]).all()
-    assert alone.coverage == both.coverage == full.coverage
 
 
 def test_texts_rows_and_no_queries_at_all(library: Library, queries: np.ndarray) -> None:

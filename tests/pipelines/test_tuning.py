@@ -130,7 +130,13 @@ def test_memory_that_no_index_keeps_is_refused_before_anything_is_embedded(works
 def test_few_vectors_are_searched_exactly(workspace: Workspace) -> None:
     report = workspace.pipeline(index={"shards": 1}).run()
     assert report is not None and report.status is Status.PUBLISHED
-    assert report.manifest["faiss"] == {"family": "flat", "codec": "none", "factory": "Flat", "seed": 20_260_101}
+    assert report.manifest["faiss"] == {
+        "family": "flat",
+        "codec": "none",
+        "factory": "Flat",
+        "dimension": 384,
+        "seed": 20_260_101,
+    }
     assert report.tuning is not None and "trials" not in report.tuning
 
 

@@ -1,0 +1,30 @@
+"""A uniform, seeded sample of stored embeddings, the same for any cut into fragments."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from penstock.cluster.fragments import read_hash_range, vectors_of
+from penstock.cluster.storage import Store
+from penstock.operators.sharding import hash_range
+
+# A range of hashes holds about as many rows as asked for: ask for more, then cut.
+OVERSAMPLING = 1.3
+OVERSAMPLED_ROWS = 64
+
+
+def sample_vectors(store: Store, paths: Sequence[str], rows: int, wanted: int, seed: int) -> np.ndarray:
+    """`wanted` of the `rows` vectors in embeddings fragments as float32 (n, d), all of them if there are fewer: a
+    contiguous, seeded range of the hash space, in the order of hashes, so that the sample is uniform, bounded, the
+    same for any cut into fragments, and little else is read."""
+    share = min(1.0, (wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(rows, 1))
+    parts: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []
+    for first, last in hash_range(share, seed):
+        for path in paths:
+            table = read_hash_range(store, path, first, last, ["embedding"])
+            parts.append(vectors_of(table.column("embedding")))
+            hashes.append(table.column("row_hash").to_numpy())
+    order = np.argsort(np.concatenate(hashes), kind="stable")[:wanted]
+    sample: np.ndarray = np.concatenate(parts)[order].astype(np.float32)
+    return sample
