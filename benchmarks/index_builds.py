@@ -45,12 +45,13 @@ from scale import Memory, Sampler, end_left_behind, stop
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.fragments import read_fragment, vectors_of
+from penstock.cluster.jobs.placement import read_owners
 from penstock.cluster.jobs.shards import FAISS, IDS, VECTORS, FileRecord, ShardRecord, shard_record_path
 from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION, SHARDS, shard_file, stage_folder
-from penstock.cluster.published import read_ipc
+from penstock.cluster.published import OWNERS_FILE, ROUTING_FILE, read_ipc
 from penstock.cluster.session import LOCAL_ENVIRONMENT, LOCAL_OBJECT_STORE_BYTES
 from penstock.cluster.storage import Store, open_store
-from penstock.operators.routing import route, search_cells
+from penstock.operators.routing import CellOwners, route, search_cells
 from penstock.pipelines.reader import open_index
 
 PARTS = ("build", "memory", "gap", "routing", "cold")
@@ -61,6 +62,7 @@ NOISE_WORDS = 16_384  # two of them make the noise of a row: 134 million pairs
 FRAGMENT_ROWS = 65_536  # as many passages of half a kilobyte as a fragment of 32 MiB holds
 NAME, ALIAS = "builds", "live"
 WORKERS = (1, 2)
+STATED = ("rows", "queries", "noise", "sharding", "shards", "nlist", "iterations", "training_rows", "rounds")
 SAMPLE_S = 0.1
 STOPPED = 130  # exit code of a run that Ctrl-C ended
 BLOCK_ROWS = 65_536
@@ -164,10 +166,10 @@ def pipeline_text(options: argparse.Namespace, corpus: Corpus, root: Path | None
         "rerank": True,
         "shards": options.shards,
         "recall": RECALL,
+        "sharding": options.sharding,
+        "iterations": options.iterations,
         "training_rows": options.training_rows,
     }
-    if options.sharding != "hash":
-        index["sharding"] = options.sharding
     content: dict[str, Any] = {
         "name": NAME,
         "root": str(root or corpus.root),
@@ -314,7 +316,6 @@ def measure_builds(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any
     pace = options.rows / seconds[1]
     return {
         "build_speedup_2_workers": round(seconds[1] / seconds[2], 3),
-        "rounds": options.rounds,
         "build_s": {str(workers): [round(ran.build_s, 2) for ran in runs[workers]] for workers in WORKERS},
         "stage_s": {str(workers): median_stages(runs[workers]) for workers in WORKERS},
         "vectors_per_s_per_core": round(pace),
@@ -423,73 +424,110 @@ def numbers_of(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class ShardFile:
-    """A shard's faiss index, read without the project's reader, and the document number of each row int64 (n,)."""
+class IndexFiles:
+    """The faiss files of shards, read without the project's reader, and the document number of each of their rows.
 
-    index: faiss.Index
+    Attributes:
+        trained: the index with all cells and without rows.
+        owners: which shard owns each cell, where shards own cells.
+    """
+
+    shards: list[faiss.Index]
+    numbers: list[np.ndarray]
+    trained: faiss.Index
+    owners: CellOwners | None = None
+
+    def search(self, queries: np.ndarray, nprobe: int, coverage: float, count: int) -> "Candidates":
+        """At most `count` rows of each shard that a query is routed to, by their codes."""
+        shape = (len(queries), len(self.shards), count)
+        near, numbers = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+        routing = route(self.trained, queries, nprobe, self.owners, coverage) if self.owners else None
+        for place, (shard, own) in enumerate(zip(self.shards, self.numbers, strict=True)):
+            asked = np.flatnonzero(routing.shards[:, place]) if routing else np.arange(len(queries))
+            if routing:
+                found, rows = search_cells(shard, routing.probes(place, asked), count)
+            else:
+                faiss.extract_index_ivf(shard).nprobe = nprobe
+                found, rows = shard.search(queries, count)
+            near[asked, place] = np.where(rows >= 0, found, -np.inf)
+            numbers[asked, place] = np.where(rows >= 0, own[rows], -1)
+        touched = routing.mean_shards() if routing else float(len(self.shards))
+        return Candidates(near.reshape(len(queries), -1), numbers.reshape(len(queries), -1), touched)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What shards gave: similarities by code float32 (q, c), document numbers int64 (q, c), -1 where there are none,
+    and how many shards a query touched."""
+
+    near: np.ndarray
     numbers: np.ndarray
+    touched: float
+
+    def best(self, count: int) -> np.ndarray:
+        """The document numbers int64 (q, count) that are most similar by code."""
+        order = np.argsort(-self.near, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(self.numbers, order, axis=1)
 
 
-def shard_files(corpus: Corpus, manifest: dict[str, Any]) -> list[ShardFile]:
+def read_index(corpus: Corpus, manifest: dict[str, Any]) -> IndexFiles:
     folder = corpus.root / Catalog(open_store(str(corpus.root)), NAME).version_folder(manifest["version"])
-    shards = []
-    for shard in manifest["shards"]:
-        index = faiss.read_index(str(folder / shard_file(shard["shard"], FAISS)))
-        shards.append(ShardFile(index, numbers_of(read_ipc(folder / shard_file(shard["shard"], IDS)).column("id"))))
-    return shards
+    names = range(len(manifest["shards"]))
+    shards = [faiss.read_index(str(folder / shard_file(shard, FAISS))) for shard in names]
+    numbers = [numbers_of(read_ipc(folder / shard_file(shard, IDS)).column("id")) for shard in names]
+    if (folder / ROUTING_FILE).exists():
+        owners = read_owners((folder / OWNERS_FILE).read_bytes())
+        return IndexFiles(shards, numbers, faiss.read_index(str(folder / ROUTING_FILE)), owners)
+    trained = faiss.clone_index(shards[0])
+    trained.reset()
+    return IndexFiles(shards, numbers, trained)
 
 
-def measure_gap(corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarray, noise: float) -> dict[str, Any]:
-    """Recall of the shards, all searched, minus that of single indexes of the same lists and codes, each giving the
-    same number of candidates by code at the same nprobe, which are then ranked by the stored vectors."""
-    nprobe, count = int(manifest["operating_point"]["parameters"]["nprobe"]), GAP_CANDIDATES
-    shards, truth = shard_files(corpus, manifest), exact(vectors, noisy(corpus.queries, noise))
-    own = truth.hits(truth.rerank(candidates_of(shards, truth.queries, nprobe, count)))
+def measure_gap(
+    options: argparse.Namespace, corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarray
+) -> dict[str, Any]:
+    """Recall of the shards, in all probed cells, minus that of single indexes of the same lists and codes; each gives
+    the same number of candidates by code at the same nprobe, which are then ranked by the stored vectors."""
+    truth, nprobe = exact(vectors, noisy(corpus.queries, options.noise)), int(point_of(manifest)["nprobe"])
     started = time.perf_counter()
-    by_hand = build_by_hand(manifest["faiss"]["factory"], truth.vectors)
+    hand = by_hand(manifest["faiss"]["factory"], vectors, options.training_rows)
     by_hand_s = time.perf_counter() - started
-    same_training = [ShardFile(one_of_shards(shards[0].index, truth.vectors), np.arange(len(truth.vectors)))]
-    hand = truth.hits(truth.rerank(candidates_of([by_hand], truth.queries, nprobe, count)))
-    same = truth.hits(truth.rerank(candidates_of(same_training, truth.queries, nprobe, count)))
+    built = read_index(corpus, manifest)
+    own, other, same = (
+        truth.hits(truth.rerank(index.search(truth.queries, nprobe, 1.0, GAP_CANDIDATES).best(GAP_CANDIDATES)))
+        for index in (built, hand, in_one(built.trained, vectors))
+    )
     return {
-        "recall_gap_points": round(100 * float((own - hand).mean()), 3),
-        "recall_gap_error_points": round(100 * float((own - hand).std() / np.sqrt(len(own))), 3),
+        "recall_gap_points": round(100 * float((own - other).mean()), 3),
+        "recall_gap_error_points": round(100 * float((own - other).std() / np.sqrt(len(own))), 3),
         "recall_gap_same_training_points": round(100 * float((own - same).mean()), 3),
         "recall_distributed": round(float(own.mean()), 4),
-        "recall_by_hand": round(float(hand.mean()), 4),
+        "recall_by_hand": round(float(other.mean()), 4),
         "by_hand_s": round(by_hand_s, 1),
         "nprobe": nprobe,
-        "candidates": count,
+        "candidates": GAP_CANDIDATES,
         "queries": len(own),
     }
 
 
-def candidates_of(shards: Sequence[ShardFile], queries: np.ndarray, nprobe: int, count: int) -> np.ndarray:
-    """The `count` rows int64 (q, count) that are most similar by their codes, over all shards."""
-    near, numbers = [], []
-    for shard in shards:
-        faiss.extract_index_ivf(shard.index).nprobe = nprobe
-        similarities, rows = shard.index.search(queries, count)
-        near.append(np.where(rows >= 0, similarities, -np.inf))
-        numbers.append(np.where(rows >= 0, shard.numbers[rows], -1))
-    best = np.argsort(-np.hstack(near), axis=1, kind="stable")[:, :count]
-    return np.take_along_axis(np.hstack(numbers), best, axis=1)
+def point_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The search parameters of a version's operating point."""
+    return dict(manifest["operating_point"]["parameters"])
 
 
-def build_by_hand(factory: str, vectors: np.ndarray) -> ShardFile:
-    """As the wiki of faiss says: train on all rows, of which it samples, then add all."""
+def by_hand(factory: str, vectors: np.ndarray, training_rows: int) -> IndexFiles:
+    """As the wiki of faiss says: train on a random sample, of as many rows, and add all rows to one index."""
     index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)
-    index.add(vectors)
-    return ShardFile(index, np.arange(len(vectors)))
+    sample = np.random.default_rng(SEED + 3).choice(len(vectors), min(training_rows, len(vectors)), replace=False)
+    index.train(vectors[sample])
+    return in_one(index, vectors)
 
 
-def one_of_shards(shard: faiss.Index, vectors: np.ndarray) -> faiss.Index:
-    """One index of all rows, with the training of a shard."""
-    index = faiss.clone_index(shard)
-    index.reset()
+def in_one(trained: faiss.Index, vectors: np.ndarray) -> IndexFiles:
+    """One index of all rows, from a trained one."""
+    index = faiss.clone_index(trained)
     index.add(vectors)
-    return index
+    return IndexFiles([index], [np.arange(len(vectors))], trained)
 
 
 def measure_routing(corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarray) -> dict[str, Any]:
@@ -499,67 +537,37 @@ def measure_routing(corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarra
     with open_index(str(corpus.root), ALIAS) as index:
         found = index.search(truth.queries, K)
     numbers = np.array([[int(str(name).partition("#")[0]) for name in row] for row in found.ids.tolist()])
-    stated = stated_shards(manifest)
-    shards = len(manifest["shards"])
+    files = read_index(corpus, manifest)
     return {
-        "mean_shards_touched": shards if stated is None else stated,
-        "shards": shards,
-        "shard_rows_over_mean": round(max(one["rows"] for one in manifest["shards"]) * shards / manifest["rows"], 4),
+        "mean_shards_touched": manifest["sharding"]["shards_touched"],
+        "shards": len(files.shards),
+        "imbalance": manifest["sharding"]["imbalance"],
         "recall_reader": round(float(truth.hits(numbers).mean()), 4),
-        "operating_point": manifest["operating_point"]["parameters"],
-        "by_settings": [] if stated is None else sweep(shard_files(corpus, manifest), manifest, truth),
+        "recall_manifest": manifest["evaluation"]["recall"],
+        "operating_point": point_of(manifest),
+        "by_settings": sweep(files, truth, K * int(point_of(manifest).get("rerank_factor", 1))) if files.owners else [],
     }
 
 
-def stated_shards(part: object) -> float | None:
-    """`mean_shards_touched` wherever it stands in the manifest; None where it does not, as then all are searched."""
-    if not isinstance(part, dict):
-        return None
-    if "mean_shards_touched" in part:
-        return float(part["mean_shards_touched"])
-    found = (stated_shards(value) for value in part.values())
-    return next((value for value in found if value is not None), None)
-
-
-def sweep(shards: Sequence[ShardFile], manifest: dict[str, Any], truth: Truth) -> list[dict[str, float]]:
+def sweep(files: IndexFiles, truth: Truth, count: int) -> list[dict[str, float]]:
     """For each coverage the least nprobe that reaches the recall, which is no less than with more coverage, and how
-    many shards it touches; it ends where no nprobe does."""
-    owner = owners(shards)
-    factor = int(manifest["operating_point"]["parameters"].get("rerank_factor", 1))
-    probes, found = iter(PROBES), []
+    many shards it touches; it ends where no nprobe does. Each shard gives `count` candidates."""
+    probes, reached = iter(PROBES), []
     nprobe = next(probes)
     for coverage in COVERAGES:
-        while (row := routed_recall(shards, owner, truth, nprobe, coverage, K * factor))["recall"] < RECALL:
+        while (row := recall_at(files, truth, nprobe, coverage, count))["recall"] < RECALL:
             nprobe = next(probes, 0)
             if not nprobe:
-                return found
-        found.append(row)
-    return found
+                return reached
+        reached.append(row)
+    return reached
 
 
-def routed_recall(
-    shards: Sequence[ShardFile], owner: np.ndarray, truth: Truth, nprobe: int, coverage: float, count: int
-) -> dict[str, float]:
-    """Recall and shards touched where each shard that a query is routed to gives `count` candidates."""
-    routing = route(shards[0].index, truth.queries, nprobe, owner, coverage)
-    found = np.full((len(routing.vectors), len(shards), count), -1, np.int64)
-    for place, shard in enumerate(shards):
-        queries = np.flatnonzero(routing.shards[:, place])
-        rows = search_cells(shard.index, routing, queries, count)[1]
-        found[queries, place] = np.where(rows >= 0, shard.numbers[rows], -1)
-    recall = float(truth.hits(truth.rerank(found.reshape(len(found), -1))).mean())
-    touched = routing.mean_shards()
-    return {"coverage": coverage, "nprobe": nprobe, "recall": round(recall, 4), "shards": round(touched, 3)}
-
-
-def owners(shards: Sequence[ShardFile]) -> np.ndarray:
-    """The shard int32 (k,) of each cell, by where its rows are; a cell without rows belongs to the first."""
-    lists = [faiss.extract_index_ivf(shard.index).invlists for shard in shards]
-    cells = faiss.extract_index_ivf(shards[0].index).nlist
-    sizes = np.array([[one.list_size(cell) for cell in range(cells)] for one in lists])
-    if ((sizes > 0).sum(axis=0) > 1).any():
-        raise SystemExit("cells must lie in one shard each with cluster sharding, got some in several")
-    return sizes.argmax(axis=0).astype(np.int32)
+def recall_at(files: IndexFiles, truth: Truth, nprobe: int, coverage: float, count: int) -> dict[str, float]:
+    candidates = files.search(truth.queries, nprobe, coverage, count)
+    recall = float(truth.hits(truth.rerank(candidates.numbers)).mean())
+    touched = round(candidates.touched, 3)
+    return {"coverage": coverage, "nprobe": nprobe, "recall": round(recall, 4), "shards": touched}
 
 
 # ---- part: cold
@@ -623,7 +631,7 @@ def s3_server() -> Iterator[tuple[int, CountingProxy]]:
 def measure_cold(options: argparse.Namespace, corpus: Corpus, manifest: dict[str, Any]) -> dict[str, Any]:
     """Each query by itself: an empty cache, the index opened by its alias, one search."""
     kinds = tuple(f".{kind}" for kind in SEARCHED_FILES)
-    files = [file for shard in manifest["shards"] for file in shard["files"]]
+    files = [*manifest["files"], *(file for shard in manifest["shards"] for file in shard["files"])]
     searched = sum(file["size_bytes"] for file in files if file["name"].endswith(kinds))
     with s3_server() as (port, proxy):
         root = upload(corpus.root, port)
@@ -698,7 +706,7 @@ def measure_part(
         case "memory":
             return measure_memory(options, corpus)
         case "gap" if vectors is not None:
-            return measure_gap(corpus, manifest, vectors, options.noise)
+            return measure_gap(options, corpus, manifest, vectors)
         case "routing" if vectors is not None:
             return measure_routing(corpus, manifest, vectors)
         case "cold":
@@ -732,7 +740,7 @@ def all_met(found: dict[str, Any]) -> bool:
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{result['rows']:,} x {result['dimension']}: perturbed copies of real vectors (Gaussian noise of length "
-        f"{result['noise']}), {result['queries']} held-out real vectors as queries, k {K}, recall {RECALL}; "
+        f"{result['noise']:g}), {result['queries']} held-out real vectors as queries, k {K}, recall {RECALL}; "
         f"{result['factory']} in {result['shards']} shards ({result['sharding']}); "
         f"{result['machine']}, {result['date']}",
         "",
@@ -765,6 +773,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--nlist", type=int, default=1024)
     parser.add_argument("--opq", action="store_true")
+    parser.add_argument("--iterations", type=int, default=0, help="of k-means over all rows, after the sample")
     parser.add_argument("--training-rows", type=int, default=262_144)
     parser.add_argument("--cold-queries", type=int, default=20)
     parser.add_argument("--work", type=Path, help="a folder that is kept, and used again by the next call")
@@ -786,7 +795,7 @@ def main() -> None:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         found = measure_parts(options, folder.resolve())
-    stated = {name: getattr(options, name) for name in ("rows", "queries", "noise", "sharding", "shards", "nlist")}
+    stated = {name: getattr(options, name) for name in STATED}
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
     result = {"date": date.today().isoformat(), "machine": machine, "dimension": 384, **stated, **found}
     sys.stdout.write(markdown(result) + "\n")
