@@ -14,6 +14,9 @@ from penstock.cluster.storage import Store
 # Rows of a row group: about 6 MB of 384-dimensional float16 vectors, so that a shard's slice of a fragment reads little
 # else.
 ROW_GROUP_ROWS = 8192
+# Components repeat so rarely that a dictionary of them only costs: 49,000 rows of 384 float16 take 37.3 MB and 0.47
+# CPU-seconds to read with one, 33.5 MB and 0.08 with their high and low bytes apart.
+VECTOR_ENCODING = "BYTE_STREAM_SPLIT"
 RECEIPT_KEY = b"penstock.receipt"
 HASH_COLUMN = "row_hash"
 
@@ -61,6 +64,7 @@ def write_fragment(store: Store, path: str, table: pa.Table, receipt: Receipt | 
     """Write a table as one object, in one atomic step; returns its size in bytes. Equal tables give equal bytes."""
     metadata = {RECEIPT_KEY: receipt.to_json()} if receipt else {}
     sink = io.BytesIO()
+    vectors = [field.name for field in table.schema if _is_vector(field.type)]
     pq.write_table(
         table.replace_schema_metadata(metadata),
         sink,
@@ -68,6 +72,8 @@ def write_fragment(store: Store, path: str, table: pa.Table, receipt: Receipt | 
         compression="zstd",
         write_page_checksum=True,
         store_schema=True,
+        use_dictionary=[name for name in table.column_names if name not in vectors] if vectors else True,
+        column_encoding={f"{name}.list.element": VECTOR_ENCODING for name in vectors} or None,
     )
     data = sink.getvalue()
     store.write(path, data)
@@ -119,6 +125,10 @@ def vector_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
     """An array (N, d) of float16 or float32 as a fixed_size_list column."""
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type))
 
 
 def _overlaps(statistics: pq.Statistics | None, first: int, last: int) -> bool:
