@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.operators.allowed_rows import search_allowed, search_every_code
-from penstock.operators.indexing import Metric, core_index, similarities
+from penstock.operators.indexing import AnyIndex, Metric, core_index, similarities
 from penstock.operators.ranking import at_least_kth, exact_similarities, most_similar_by, nearest_rows
 from penstock.operators.ranking import exact_inner_products as exact_inner_products
 from penstock.operators.ranking import most_similar as most_similar
@@ -44,7 +44,7 @@ class ShardSearcher:
     """Searches one opened shard. Threads may share it: knobs are passed with each call, and nothing is changed.
 
     Args:
-        index: an opened faiss index.
+        index: an opened index, of faiss or svs.
         ids: pa.Array or pa.ChunkedArray of string, one for each row.
         vectors: (n, d) array or StoredVectors to compare candidates with, or None.
         metric: the one the index was built for; cosine expects unit vectors and queries.
@@ -53,7 +53,7 @@ class ShardSearcher:
 
     def __init__(
         self,
-        index: faiss.Index,
+        index: AnyIndex,
         ids: pa.Array | pa.ChunkedArray,
         vectors: np.ndarray | StoredVectors | None,
         metric: Metric,

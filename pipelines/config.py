@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend, Precision
-from penstock.operators.indexing import OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
+from penstock.operators.indexing import LEANVEC_CODECS, OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -181,7 +181,9 @@ class Deduplicate(Section):
 # The family or codecs that an option of the index belongs to.
 OPTION_OWNERS: dict[str, tuple[str, ...]] = {
     "hnsw_m": (Family.HNSW,),
-    "ef_construction": (Family.HNSW,),
+    "ef_construction": (Family.HNSW, Family.VAMANA),
+    "degree": (Family.VAMANA,),
+    "leanvec_dimension": LEANVEC_CODECS,
     "nlist": (Family.IVF,),
     "pq_bytes": OPQ_CODECS,
     "opq": OPQ_CODECS,
@@ -212,7 +214,15 @@ class Index(Section):
     hnsw_m: Annotated[int, Field(strict=True, ge=2, le=512)] | None = Field(
         None, description="Links per vertex (family hnsw); default 32."
     )
-    ef_construction: Count | None = Field(None, description="Candidates while building (family hnsw); default 100.")
+    ef_construction: Count | None = Field(
+        None, description="Candidates while building (families hnsw and vamana); default 100, of vamana 200."
+    )
+    degree: Annotated[int, Field(strict=True, ge=2, le=512)] | None = Field(
+        None, description="Links per vertex, at most (family vamana); default 64."
+    )
+    leanvec_dimension: Count | None = Field(
+        None, description="Components searched first (codecs leanvec4x8 and leanvec8x8); default half of them."
+    )
     nlist: Count | None = Field(
         None, description="Cells (family ivf); default about 4 times the root of a shard's rows."
     )

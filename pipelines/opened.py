@@ -21,7 +21,7 @@ from penstock.cluster.storage import StorageUnavailable, Store
 from penstock.operators.filtering import Condition, bind, matching_rows
 from penstock.operators.indexing import Family, Metric
 from penstock.operators.searching import Hits, SearchParameters, merge_hits, normalize
-from penstock.pipelines.publishing import FORMAT, shards_of
+from penstock.pipelines.publishing import FORMAT, how_built, shards_of
 from penstock.pipelines.query_encoder import QueryEncoder
 
 RETRY_PAUSE_S = 30.0  # a damaged shard is fetched again at most twice a minute
@@ -161,7 +161,7 @@ class OpenVersion:
             )
         self.manifest, self.encoder, self.pool = manifest, encoder, pool
         self._metric = Metric(manifest["metric"])
-        family = Family(manifest["faiss"]["family"])
+        family = Family(how_built(manifest)["family"])
         folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
         self.shards = {
             record.shard: OpenShard(store, record, family, self._metric) for record in shards_of(manifest, folder)

@@ -35,8 +35,11 @@ from penstock.operators.documents import DocumentReader, SourceType
 from penstock.operators.encoding import Backend, Encoder, Precision, encoder_for
 from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import (
+    DEFAULT_DEGREE,
     OPQ_CODECS,
     ROTATED_CODECS,
+    VAMANA_CODES,
+    Codec,
     Family,
     IndexSpec,
     Metric,
@@ -49,6 +52,7 @@ from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
 from penstock.operators.searching import SearchParameters
 from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, candidates
+from penstock.operators.vamana import refuse_unusable, svs_version
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -69,6 +73,7 @@ NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "
 VERSION_HEX_DIGITS = 16
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
+DEFAULT_EF_CONSTRUCTION = {Family.VAMANA: 200}  # candidates while a graph is built, where these are not 100
 STAGES = (PASSAGES, SELECTION, EMBEDDINGS, TRAINING, SHARDS, EVALUATION)
 
 
@@ -169,7 +174,8 @@ class Resolved:
             | {"embedding.store": pipeline.embedding.store}
             | ({"passages.type": self.chunker.kind.value} if self.chunker.kind is PassageType.LATE else {}),
             TRAINING: {f"index.{name}": value for name, value in index.items()}
-            | {"index.metric": self.metric.value, "version": TRAINING_VERSION},
+            | {"index.metric": self.metric.value, "version": TRAINING_VERSION}
+            | ({"svs": svs_version()} if pipeline.index.family == Family.VAMANA else {}),
             SHARDS: {
                 "index.shards": pipeline.index.shards,
                 "index.rerank": pipeline.index.rerank,
@@ -488,7 +494,7 @@ def index_spec(resolved: Resolved, rows: int) -> IndexSpec:
         factory=factory,
         training_rows=index.training_rows,
         seed=index.seed,
-        ef_construction=index.ef_construction or 100,
+        ef_construction=index.ef_construction or DEFAULT_EF_CONSTRUCTION.get(family, 100),
     )
 
 
@@ -504,6 +510,8 @@ def _factory(pipeline: PipelineFile, family: Family, dimension: int, rows: int) 
         pq_bytes=index.pq_bytes,
         rabitq_bits=index.rabitq_bits or DEFAULT_RABITQ_BITS,
         opq=index.opq,
+        degree=index.degree or DEFAULT_DEGREE,
+        leanvec_dimension=index.leanvec_dimension,
     )
 
 
@@ -731,16 +739,24 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
         if index.factory is not None:
             spec = parse_factory(index.factory, dimension, metric, index.seed)
             known = index.model_copy(update={"family": spec.family, "codec": spec.codec})
+            _check_engine(spec.family, spec.codec)
             return pipeline.model_copy(update={"index": known})
         if index.family == "auto":
             budget = Budget(index.recall, bytes_per_vector=index.bytes_per_vector)
             candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD)
         else:
             faiss_metric(index.family, index.codec, metric)
+            _check_engine(index.family, index.codec)
             _factory(pipeline, index.family, dimension, LARGE_SHARD)
     except ValueError as error:
         raise PipelineFileInvalid([origin.problem("index", str(error))]) from error
     return pipeline
+
+
+def _check_engine(family: Family, codec: Codec) -> None:
+    """Refuse an index of svs where svs is not, before anything is embedded for it."""
+    if family is Family.VAMANA:
+        refuse_unusable(VAMANA_CODES[codec])
 
 
 def _check_evaluation(pipeline: PipelineFile, origin: Origin) -> None:

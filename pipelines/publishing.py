@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
-from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, FileRecord, ShardRecord
+from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, SVS, VECTORS, FileRecord, ShardRecord
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, shard_file
 from penstock.cluster.storage import Store
+from penstock.operators.indexing import Family, IndexSpec
+from penstock.operators.vamana import svs_version
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import Chain, Resolved
@@ -21,7 +23,7 @@ from penstock.pipelines.planning import Chain, Resolved
 FORMAT = "penstock-index/1"
 LINEAGE = "lineage.parquet"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-SHARD_FILE_KINDS = (FAISS, IDS, ROWS, VECTORS, DUPLICATES)
+SHARD_FILE_KINDS = (FAISS, SVS, IDS, ROWS, VECTORS, DUPLICATES)
 
 
 def make_manifest(
@@ -48,12 +50,7 @@ def make_manifest(
         "dimension": chain.spec.dimension,
         "model": _model(resolved),
         "transforms": [],
-        "faiss": {
-            "family": chain.spec.family.value,
-            "codec": chain.spec.codec.value,
-            "factory": chain.spec.factory,
-            "seed": chain.spec.seed,
-        },
+        **_built(chain.spec),
         "rerank": resolved.pipeline.index.rerank,
         "bytes_per_vector": round(index_bytes(shards) / max(rows, 1), 1),
         "operating_point": evaluation["default"],
@@ -66,8 +63,20 @@ def make_manifest(
 
 
 def index_bytes(shards: Sequence[ShardRecord]) -> int:
-    """Size of the faiss files: what a searching process holds in memory."""
-    return sum(file.size_bytes for shard in shards for file in shard.files if file.name.endswith(".faiss"))
+    """Size of the index files: what a searching process holds in memory."""
+    return sum(file.size_bytes for shard in shards for file in shard.files if file.name.endswith((FAISS, SVS)))
+
+
+def how_built(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The family, codec and factory string of a version's shards, whatever library made them."""
+    return dict(manifest["svs"] if "svs" in manifest else manifest["faiss"])
+
+
+def _built(spec: IndexSpec) -> dict[str, Any]:
+    built = {"family": spec.family.value, "codec": spec.codec.value, "factory": spec.factory}
+    if spec.family is Family.VAMANA:
+        return {"svs": built | {"ef_construction": spec.ef_construction, "version": svs_version()}}
+    return {"faiss": built | {"seed": spec.seed}}
 
 
 def write_lineage(store: Store, folder: str, resolved: Resolved, chain: Chain) -> FileRecord:
