@@ -8,6 +8,7 @@ from penstock.operators.indexing import (
     BATCH_ROWS,
     COARSE_GRAPH_EF_SEARCH,
     COARSE_GRAPH_LISTS,
+    FAISS_CODECS,
     FAISS_FAMILIES,
     RANGE_TRAINING_ROWS,
     TRAINING_ROWS_PER_CENTROID,
@@ -273,8 +274,8 @@ def test_similarities_are_inner_products_under_both_metrics() -> None:
     assert np.array_equal(similarities(expected, faiss.METRIC_INNER_PRODUCT), expected)
 
 
-@pytest.mark.parametrize("family", Family)
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("family", FAISS_FAMILIES)
+@pytest.mark.parametrize("codec", FAISS_CODECS)
 def test_inner_product_is_indexed_as_such_or_refused(family: Family, codec: Codec) -> None:
     if codec not in codecs_of(family, Metric.INNER_PRODUCT):
         with pytest.raises(ValueError, match=r"(metric|codec) \(\w+\) cannot be searched with family hnsw.* sq8, "):
