@@ -17,7 +17,14 @@ from typing import Any, TypeAlias, assert_never
 import faiss
 import numpy as np
 
-from penstock.operators.vamana import FACTORY_PREFIX, VamanaBuilder, VamanaIndex, VamanaLayout, open_vamana
+from penstock.operators.vamana import (
+    FACTORY_PREFIX,
+    VamanaBuilder,
+    VamanaIndex,
+    VamanaLayout,
+    open_vamana,
+    refuse_unusable,
+)
 
 # The type stubs of faiss 1.15 leave names out, and give others another shape than they have.
 _faiss: Any = faiss
@@ -232,6 +239,16 @@ def codecs_of(family: Family, metric: Metric) -> tuple[Codec, ...]:
         return FAISS_CODECS
     refused = FAST_SCAN if metric is Metric.COSINE else FAST_SCAN + HNSW_WITH_DISTANCES_ONLY
     return tuple(codec for codec in FAISS_CODECS if codec not in refused)
+
+
+def refuse_missing_engine(family: Family, codec: Codec) -> None:
+    """Refuses an index of svs where svs is not installed, or cannot run its codes.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    if family is Family.VAMANA:
+        refuse_unusable(VAMANA_CODES[codec])
 
 
 def faiss_metric(family: Family, codec: Codec, metric: Metric) -> int:

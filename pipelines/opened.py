@@ -19,7 +19,7 @@ from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.published import open_duplicates, open_rows, open_searcher
 from penstock.cluster.storage import StorageUnavailable, Store
 from penstock.operators.filtering import Condition, bind, matching_rows
-from penstock.operators.indexing import Family, Metric
+from penstock.operators.indexing import Codec, Family, Metric, refuse_missing_engine
 from penstock.operators.searching import Hits, SearchParameters, merge_hits, normalize
 from penstock.pipelines.publishing import FORMAT, how_built, shards_of
 from penstock.pipelines.query_encoder import QueryEncoder
@@ -161,7 +161,9 @@ class OpenVersion:
             )
         self.manifest, self.encoder, self.pool = manifest, encoder, pool
         self._metric = Metric(manifest["metric"])
-        family = Family(how_built(manifest)["family"])
+        built = how_built(manifest)
+        family = Family(built["family"])
+        refuse_missing_engine(family, Codec(built["codec"]))
         folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
         self.shards = {
             record.shard: OpenShard(store, record, family, self._metric) for record in shards_of(manifest, folder)

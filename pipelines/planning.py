@@ -38,8 +38,6 @@ from penstock.operators.indexing import (
     DEFAULT_DEGREE,
     OPQ_CODECS,
     ROTATED_CODECS,
-    VAMANA_CODES,
-    Codec,
     Family,
     IndexSpec,
     Metric,
@@ -47,12 +45,13 @@ from penstock.operators.indexing import (
     faiss_metric,
     fewest_training_rows,
     parse_factory,
+    refuse_missing_engine,
 )
 from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
 from penstock.operators.searching import SearchParameters
 from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, candidates
-from penstock.operators.vamana import refuse_unusable, svs_version
+from penstock.operators.vamana import svs_version
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -739,24 +738,18 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
         if index.factory is not None:
             spec = parse_factory(index.factory, dimension, metric, index.seed)
             known = index.model_copy(update={"family": spec.family, "codec": spec.codec})
-            _check_engine(spec.family, spec.codec)
+            refuse_missing_engine(spec.family, spec.codec)
             return pipeline.model_copy(update={"index": known})
         if index.family == "auto":
             budget = Budget(index.recall, bytes_per_vector=index.bytes_per_vector)
             candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD)
         else:
             faiss_metric(index.family, index.codec, metric)
-            _check_engine(index.family, index.codec)
+            refuse_missing_engine(index.family, index.codec)
             _factory(pipeline, index.family, dimension, LARGE_SHARD)
     except ValueError as error:
         raise PipelineFileInvalid([origin.problem("index", str(error))]) from error
     return pipeline
-
-
-def _check_engine(family: Family, codec: Codec) -> None:
-    """Refuse an index of svs where svs is not, before anything is embedded for it."""
-    if family is Family.VAMANA:
-        refuse_unusable(VAMANA_CODES[codec])
 
 
 def _check_evaluation(pipeline: PipelineFile, origin: Origin) -> None:
