@@ -40,5 +40,5 @@ def run_folder(run_id: str) -> str:
 
 
 def shard_file(shard: int, kind: str) -> str:
-    """File name within a version: shard-00000.faiss, shard-00000.ids.arrow, ..."""
+    """File name within a version: shard-00000.faiss (or .svs.tar), shard-00000.ids.arrow, ..."""
     return f"shard-{shard:05d}.{kind}"

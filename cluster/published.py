@@ -15,13 +15,13 @@ import pyarrow.ipc
 
 from penstock.cluster.file_cache import FileCache, damaged, sha256_of
 from penstock.cluster.jobs.placement import read_owners
-from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, FileRecord, ShardRecord
+from penstock.cluster.jobs.shards import DUPLICATES, IDS, ROWS, VECTORS, FileRecord, ShardRecord, index_kind
 from penstock.cluster.layout import shard_file
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.node import cache_folder, cache_limit_bytes
 from penstock.cluster.storage import Store, checked_path
 from penstock.operators.entrance import Entrance
-from penstock.operators.indexing import Family, Metric, open_index
+from penstock.operators.indexing import Family, Metric, open_shard
 from penstock.operators.routing import Router
 from penstock.operators.searching import ShardSearcher, open_vectors
 from penstock.operators.transforms import Chain
@@ -82,7 +82,7 @@ def open_searcher(
         def local(kind: str) -> Path:
             return files.enter_context(hold_file(store, shard.folder, _record(shard, kind)))
 
-        index = open_index(local(FAISS), family)
+        index = open_shard(local(index_kind(family)), family, scratch=_scratch(family))
         ids = read_ipc(local(IDS)).column("id")
         has_vectors = any(record.name == shard_file(shard.shard, VECTORS) for record in shard.files)
         vectors = open_vectors(local(VECTORS)) if has_vectors else None
@@ -103,6 +103,14 @@ def open_duplicates(store: Store, shard: ShardRecord) -> pa.Table:
 
 def read_ipc(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _scratch(family: Family) -> Path | None:
+    """Where an index that has to be unpacked lies while it is opened: in the cache, which has room for such files."""
+    if family is not Family.VAMANA:
+        return None
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return cache_folder()
 
 
 def _open_kind(store: Store, shard: ShardRecord, kind: str) -> pa.Table:

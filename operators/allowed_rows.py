@@ -1,4 +1,4 @@
-"""Search the allowed rows of a faiss index: through its own selectors, or past their lack."""
+"""Search the allowed rows of an index: through the selectors of faiss, or past their lack."""
 
 import math
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import faiss
 import numpy as np
 
-from penstock.operators.indexing import FaissObject, core_index
-from penstock.operators.search_parameters import SearchParameters, faiss_parameters
+from penstock.operators.indexing import AnyIndex, FaissObject, core_index
+from penstock.operators.search_parameters import SearchParameters, faiss_parameters, rows_compared, with_defaults
+from penstock.operators.vamana import VamanaIndex
 
 _faiss: Any = faiss
 FETCHED_PAIRS = 2**22  # rows fetched at once over all queries: 48 MiB of ids and distances
@@ -16,13 +17,15 @@ FETCH_GROWTH = 4
 
 
 def search_allowed(
-    index: faiss.Index, queries: np.ndarray, fetched: int, parameters: SearchParameters, allowed: np.ndarray
+    index: AnyIndex, queries: np.ndarray, fetched: int, parameters: SearchParameters, allowed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and rows (q, fetched) as faiss returns them, of allowed rows alone; -1 where it finds no more.
+    """Distances and rows (q, fetched) as the index returns them, of allowed rows alone; -1 where it finds no more.
 
     Args:
         allowed: bool (rows,), of which at least `fetched` are True.
     """
+    if isinstance(index, VamanaIndex):
+        return _search_graph_and_drop(index, queries, fetched, parameters, allowed)
     if _takes_selectors(core_index(index)):
         selector = _faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         distances, rows = index.search(queries, fetched, params=faiss_parameters(index, parameters, selector))
@@ -31,9 +34,11 @@ def search_allowed(
 
 
 def search_every_code(
-    index: faiss.Index, queries: np.ndarray, fetched: int, allowed: np.ndarray
+    index: AnyIndex, queries: np.ndarray, fetched: int, allowed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """search_allowed that compares the codes of all allowed rows, whatever lists or graph there are."""
+    if isinstance(index, VamanaIndex):
+        return index.search_rows(queries, fetched, np.flatnonzero(allowed))
     core = core_index(index)
     if isinstance(core, faiss.IndexIVF):
         return search_allowed(index, queries, fetched, SearchParameters(nprobe=core.nlist), allowed)
@@ -73,6 +78,19 @@ def _search_and_drop(
         short = short[rows[short, -1] < 0] if fetched < total else short[:0]
         fetched = min(total, FETCH_GROWTH * fetched)
     return distances, rows
+
+
+def _search_graph_and_drop(
+    index: VamanaIndex, queries: np.ndarray, wanted: int, parameters: SearchParameters, allowed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """_search_and_drop for a graph of svs, which takes no selectors: once, and where that would compare as many rows as
+    are allowed, these alone."""
+    total, count = len(allowed), int(np.count_nonzero(allowed))
+    fetched = min(total, math.ceil(FETCH_MARGIN * wanted * total / count))
+    window = max(fetched, with_defaults(index, parameters).ef_search or 0)
+    if count <= rows_compared(index, SearchParameters(ef_search=window)):
+        return search_every_code(index, queries, wanted, allowed)
+    return _first_allowed(*index.search(queries, fetched, params=window), wanted, allowed)
 
 
 def _first_allowed(

@@ -39,6 +39,7 @@ ROW_COST_NS: Mapping[Codec, float] = {
     Codec.PQFS: 1.1,
     Codec.RABITQ: 15,
     Codec.RABITQFS: 11,
+    **dict.fromkeys((Codec.LVQ8, Codec.LVQ4X4, Codec.LVQ4X8, Codec.LEANVEC4X8, Codec.LEANVEC8X8), 18),
 }
 RERANKED_ROW_COST_NS = 1000
 
@@ -290,7 +291,7 @@ def _knobs(spec: IndexSpec, rows_per_shard: int) -> list[SearchParameters]:
     match spec.family:
         case Family.FLAT:
             return [SearchParameters()]
-        case Family.HNSW:
+        case Family.HNSW | Family.VAMANA:
             return [SearchParameters(ef_search=ef) for ef in _until_covering(EF_SEARCH_GRID, rows_per_shard)]
         case Family.IVF:
             lists = nlist_of(spec)
@@ -321,7 +322,7 @@ def _rows_scanned(spec: IndexSpec, point: SearchParameters, rows_per_shard: int)
     match spec.family:
         case Family.FLAT:
             return rows_per_shard
-        case Family.HNSW:
+        case Family.HNSW | Family.VAMANA:
             return HNSW_ROWS_PER_EF * (point.ef_search or 0)
         case Family.IVF:
             return rows_per_shard * (point.nprobe or 0) / nlist_of(spec)

@@ -1,4 +1,4 @@
-"""Train an index on a sample and fill its shards: faiss underneath, chosen by a factory string.
+"""Train an index on a sample and fill its shards: faiss underneath, or svs, chosen by a factory string.
 
 Training happens once per index, on a bounded seeded sample; its result is an empty index in bytes, which every shard is
 filled from, so that all shards share centroids, code books and rotation.
@@ -17,9 +17,19 @@ from typing import Any, TypeAlias, assert_never
 import faiss
 import numpy as np
 
+from penstock.operators.vamana import (
+    FACTORY_PREFIX,
+    VamanaBuilder,
+    VamanaIndex,
+    VamanaLayout,
+    open_vamana,
+    refuse_unusable,
+)
+
 # The type stubs of faiss 1.15 leave names out, and give others another shape than they have.
 _faiss: Any = faiss
 FaissObject: TypeAlias = Any
+AnyIndex: TypeAlias = faiss.Index | VamanaIndex
 
 TRAINING_ROWS_PER_CENTROID = 39  # below it faiss calls the centroids starved (ClusteringParameters)
 # The smallest and largest of n training values leave about 2/n of the later ones outside, where SQ8 clips them. OPQ
@@ -33,6 +43,7 @@ COARSE_GRAPH_LINKS = 32
 COARSE_GRAPH_EF_SEARCH = 128
 DIMENSIONS_PER_PQ_BYTE = 8
 DEFAULT_PQ_BITS = 8
+DEFAULT_DEGREE = 64
 LARGEST_IN_FACTORY = 2**24  # faiss allocates the lists of an index while it reads how many there are
 MOST_RABITQ_BITS = 9
 MOST_SEED = 2**31 - 1  # faiss keeps seeds as C int
@@ -46,10 +57,14 @@ class Family(StrEnum):
     FLAT = "flat"
     HNSW = "hnsw"
     IVF = "ivf"
+    VAMANA = "vamana"
 
 
 class Codec(StrEnum):
-    """How rows are stored: `none` is float32, `fs` stands for fast-scan, blocks of 32 rows compared at once."""
+    """How rows are stored: `none` is float32, `fs` stands for fast-scan, blocks of 32 rows compared at once.
+
+    `lvq` and `leanvec` are codes of svs, of so many bits a component, and so many more of what these leave over.
+    """
 
     NONE = "none"
     FP16 = "fp16"
@@ -60,6 +75,11 @@ class Codec(StrEnum):
     PQFS = "pqfs"
     RABITQ = "rabitq"
     RABITQFS = "rabitqfs"
+    LVQ8 = "lvq8"
+    LVQ4X4 = "lvq4x4"
+    LVQ4X8 = "lvq4x8"
+    LEANVEC4X8 = "leanvec4x8"
+    LEANVEC8X8 = "leanvec8x8"
 
 
 class Metric(StrEnum):
@@ -71,6 +91,19 @@ FAST_SCAN = (Codec.PQFS, Codec.RABITQFS)
 HNSW_WITH_DISTANCES_ONLY = (Codec.PQ, Codec.RABITQ)
 ROTATED_CODECS = (Codec.RABITQ, Codec.RABITQFS)
 OPQ_CODECS = (Codec.PQ, Codec.PQFS)
+LEANVEC_CODECS = (Codec.LEANVEC4X8, Codec.LEANVEC8X8)
+FAISS_FAMILIES = (Family.FLAT, Family.HNSW, Family.IVF)
+# The codecs of family vamana, as its factory strings name them.
+VAMANA_CODES: Mapping[Codec, str] = {
+    Codec.NONE: "",
+    Codec.FP16: "FP16",
+    Codec.LVQ8: "LVQ8",
+    Codec.LVQ4X4: "LVQ4x4",
+    Codec.LVQ4X8: "LVQ4x8",
+    Codec.LEANVEC4X8: "LeanVec4x8",
+    Codec.LEANVEC8X8: "LeanVec8x8",
+}
+FAISS_CODECS = (Codec.NONE, Codec.FP16, *(codec for codec in Codec if codec not in VAMANA_CODES))
 # Exactly these classes: a subclass may store or search in another way.
 CODEC_OF_CLASS: Mapping[type, Codec] = {
     faiss.IndexFlat: Codec.NONE,
@@ -100,7 +133,7 @@ class IndexSpec:
     """What index to build: factory_string() writes the factory string, parse_factory() reads one.
 
     `training_rows` bounds the sample that training reads; cosine means unit vectors. `ef_construction` is that of any
-    HNSW graph, also of the one over the centroids of an IVF index.
+    HNSW graph, also of the one over the centroids of an IVF index, and the window that a Vamana graph is built with.
 
     Raises:
         ValueError: for a combination that faiss cannot build, or a factory string of another family or codec.
@@ -199,11 +232,23 @@ class ShardBuilder:
 
 
 def codecs_of(family: Family, metric: Metric) -> tuple[Codec, ...]:
-    """The codecs that faiss 1.15 builds this family over, searchable under this metric."""
+    """The codecs that faiss 1.15 or svs 0.5 builds this family over, searchable under this metric."""
+    if family is Family.VAMANA:
+        return tuple(VAMANA_CODES)
     if family is not Family.HNSW:
-        return tuple(Codec)
+        return FAISS_CODECS
     refused = FAST_SCAN if metric is Metric.COSINE else FAST_SCAN + HNSW_WITH_DISTANCES_ONLY
-    return tuple(codec for codec in Codec if codec not in refused)
+    return tuple(codec for codec in FAISS_CODECS if codec not in refused)
+
+
+def refuse_missing_engine(family: Family, codec: Codec) -> None:
+    """Refuses an index of svs where svs is not installed, or cannot run its codes.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    if family is Family.VAMANA:
+        refuse_unusable(VAMANA_CODES[codec])
 
 
 def faiss_metric(family: Family, codec: Codec, metric: Metric) -> int:
@@ -219,6 +264,11 @@ def faiss_metric(family: Family, codec: Codec, metric: Metric) -> int:
         distances = family is Family.HNSW and codec in HNSW_WITH_DISTANCES_ONLY
         return faiss.METRIC_L2 if distances else faiss.METRIC_INNER_PRODUCT
     others = ", ".join(codecs_of(family, metric))
+    if codec not in FAISS_CODECS or family is Family.VAMANA:
+        raise ValueError(
+            f"codec ({codec}) is not built with family {family}, as codes of svs belong to family vamana and others to "
+            f"the rest; take another family, or one of {others}"
+        )
     if codec in FAST_SCAN:
         raise ValueError(
             f"codec ({codec}) cannot be searched with family hnsw, as a graph compares single rows and these codes "
@@ -255,8 +305,10 @@ def factory_string(
     opq: bool = False,
     opq_dimension: int | None = None,
     rotate: bool = False,
+    degree: int = DEFAULT_DEGREE,
+    leanvec_dimension: int | None = None,
 ) -> str:
-    """The faiss factory string of an index. Which codec goes with which family, codecs_of() says.
+    """The factory string of an index. Which codec goes with which family, codecs_of() says.
 
     Args:
         hnsw_m: links of a vertex on each level of an HNSW graph, twice as many on the lowest.
@@ -268,11 +320,15 @@ def factory_string(
         opq: rotate before pq or pqfs such that the codes err least (OPQ, Ge et al. 2013).
         opq_dimension: components kept by OPQ; all by default.
         rotate: a seeded random rotation first. RaBitQ always has one.
+        degree: links of a vertex of a Vamana graph, at most.
+        leanvec_dimension: components that LeanVec searches first; half of them by default.
 
     Raises:
         ValueError: for a codec that the family is not built over, or an option that does not fit codec or dimension.
     """
     faiss_metric(family, codec, Metric.COSINE)  # refuses what is built for no metric
+    if family is Family.VAMANA:
+        return _vamana_factory(codec, dimension, degree, leanvec_dimension)
     width = dimension if opq_dimension is None else opq_dimension
     code = _code_part(codec, width, pq_bytes, rabitq_bits)
     if opq or opq_dimension is not None:
@@ -314,7 +370,8 @@ def parse_factory(
             family or codec, or behind another transform.
     """
     # Everything can be built with L2; the metric to take follows from what it is.
-    anatomy = _anatomy(factory, dimension, faiss.METRIC_L2)
+    is_vamana = factory.startswith(FACTORY_PREFIX)
+    anatomy = _vamana_anatomy(factory, dimension) if is_vamana else _anatomy(factory, dimension, faiss.METRIC_L2)
     rows = anatomy.good_training_rows if training_rows is None else training_rows
     return IndexSpec(anatomy.family, anatomy.codec, metric, dimension, factory, rows, seed, ef_construction)
 
@@ -357,6 +414,8 @@ def train_index(
             f"{fewest_training_rows(spec)} rows are needed and {training_rows_needed(spec)} train it well; give more "
             "rows, fewer lists, or codec none or sq8"
         )
+    if spec.family is Family.VAMANA:
+        return spec.factory.encode()  # there is nothing to learn, and svs has no empty index
     index = _empty_index(spec)
     if requires_training(spec):
         with faiss_threads(threads):
@@ -368,8 +427,20 @@ def train_index(
     return trained
 
 
+def shard_builder(spec: IndexSpec, trained: bytes, threads: int = 1) -> ShardBuilder | VamanaBuilder:
+    """What fills a shard of a trained index: see both of them for the memory that it takes."""
+    if spec.family is Family.VAMANA:
+        return VamanaBuilder(spec.factory, spec.dimension, spec.ef_construction, threads)
+    return ShardBuilder(trained, threads)
+
+
+def open_shard(path: str | Path, family: Family, scratch: str | Path | None = None) -> AnyIndex:
+    """Opens a shard of either kind: open_index() with `mmap`, or open_vamana()."""
+    return open_vamana(path, scratch) if family is Family.VAMANA else open_index(path, family)
+
+
 def open_index(path: str | Path, family: Family | None = None, *, mmap: bool = True) -> faiss.Index:
-    """Opens a shard. With `mmap` codes and graph stay in the file; inverted lists too, if `family` says it is IVF.
+    """Opens a faiss shard. With `mmap` codes and graph stay in the file; lists too, if `family` says that it is IVF.
 
     Fast-scan codes are read into memory all the same, as faiss keeps them in aligned tables of its own.
 
@@ -389,8 +460,10 @@ def open_index(path: str | Path, family: Family | None = None, *, mmap: bool = T
     return index
 
 
-def core_index(index: faiss.Index) -> FaissObject:
+def core_index(index: AnyIndex) -> FaissObject:
     """The index behind the vector transforms, as its own class."""
+    if isinstance(index, VamanaIndex):
+        return index
     outer = _faiss.downcast_index(index)
     core = _faiss.downcast_index(outer.index) if isinstance(outer, _faiss.IndexPreTransform) else outer
     _faiss.add_to_referenced_objects(core, index)  # the C++ object dies with its owner, whoever still uses the part
@@ -418,6 +491,8 @@ def bytes_per_vector(spec: IndexSpec, rows: int | None = None) -> float:
             return anatomy.code_bytes + _graph_bytes(anatomy.links)
         case Family.IVF:
             return anatomy.code_bytes + padding + INVERTED_LIST_ID_BYTES
+        case Family.VAMANA:
+            return anatomy.code_bytes + VamanaLayout.parse(spec.factory, spec.dimension).graph_bytes
         case _:
             assert_never(spec.family)
 
@@ -428,7 +503,7 @@ class _Anatomy:
 
     Attributes:
         lists: inverted lists, 0 without.
-        links: of a vertex on the upper levels of an HNSW graph, 0 without.
+        links: of a vertex on the upper levels of an HNSW graph, or of a Vamana graph; 0 without.
         learns: whether anything is learnt from a sample.
         code_bytes: of one row.
         block_rows: the codes of so many rows are stored as one block, of which the last is padded.
@@ -446,6 +521,8 @@ class _Anatomy:
 
 
 def _anatomy_of(spec: IndexSpec) -> _Anatomy:
+    if spec.family is Family.VAMANA:
+        return _vamana_anatomy(spec.factory, spec.dimension)
     return _anatomy(spec.factory, spec.dimension, faiss_metric(spec.family, spec.codec, spec.metric))
 
 
@@ -475,6 +552,37 @@ def _anatomy(factory: str, dimension: int, metric_type: int) -> _Anatomy:
         code_bytes=code_bytes,
         block_rows=block_rows,
     )
+
+
+def _vamana_anatomy(factory: str, dimension: int) -> _Anatomy:
+    """Nothing is trained: svs fits its codes to each shard while it builds it."""
+    layout = VamanaLayout.parse(factory, dimension)
+    codec = next(codec for codec, code in VAMANA_CODES.items() if code == layout.code)
+    return _Anatomy(
+        family=Family.VAMANA,
+        codec=codec,
+        lists=0,
+        links=layout.degree,
+        learns=False,
+        fewest_training_rows=0,
+        good_training_rows=0,
+        code_bytes=layout.code_bytes,
+        block_rows=1,
+    )
+
+
+def _vamana_factory(codec: Codec, dimension: int, degree: int, leanvec_dimension: int | None) -> str:
+    code = VAMANA_CODES[codec]
+    if leanvec_dimension is not None and codec not in LEANVEC_CODECS:
+        raise ValueError(
+            f"leanvec_dimension ({leanvec_dimension}) belongs to codecs {', '.join(LEANVEC_CODECS)}, got {codec}; "
+            "leave it out"
+        )
+    reduced = max(1, dimension // 2) if leanvec_dimension is None else leanvec_dimension
+    ending = f"_{reduced}" if codec in LEANVEC_CODECS else ""
+    factory = f"{FACTORY_PREFIX}{degree}" + (f",{code}{ending}" if code else "")
+    VamanaLayout.parse(factory, dimension)  # refuses what svs cannot build
+    return factory
 
 
 def _built(factory: str, dimension: int, metric_type: int) -> FaissObject:
@@ -631,6 +739,8 @@ def _code_part(codec: Codec, width: int, pq_bytes: int | None, rabitq_bits: int)
             return f"RaBitQ{_rabitq_bits(rabitq_bits)}"
         case Codec.RABITQFS:
             return f"RaBitQfs{_rabitq_bits(rabitq_bits)}"
+        case Codec.LVQ8 | Codec.LVQ4X4 | Codec.LVQ4X8 | Codec.LEANVEC4X8 | Codec.LEANVEC8X8:
+            raise ValueError(f"codec ({codec}) is one of svs, which faiss does not have; take family {Family.VAMANA}")
         case _:
             assert_never(codec)
 

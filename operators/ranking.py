@@ -104,14 +104,17 @@ def most_similar_by(
     Args:
         ids_at: the ids, object (m,) of str, at positions int64 (m,).
     """
-    order = np.lexsort((-near, query_of))
+    order = _by_similarity(query_of, near)
     grouped = query_of[order]
-    ranks = np.arange(len(order)) - np.searchsorted(grouped, grouped)
-    tied = order[_deciding_ties(grouped, near[order], ranks, k)]
+    places = np.arange(len(order))
+    begins = np.ones(len(order), bool)
+    begins[1:] = grouped[1:] != grouped[:-1]
+    ranks = places - np.maximum.accumulate(np.where(begins, places, 0))
+    tied = np.flatnonzero(_deciding_ties(grouped, near[order], ranks, k))  # equals lie side by side, all or none here
     if len(tied):
-        id_order = np.zeros(len(near), np.int64)
-        id_order[tied] = np.unique(ids_at(tied), return_inverse=True)[1]
-        order = np.lexsort((id_order, -near, query_of))
+        pairs = order[tied]
+        id_order = np.unique(ids_at(pairs), return_inverse=True)[1]
+        order[tied] = pairs[np.lexsort((id_order, -near[pairs], query_of[pairs]))]
     return order[ranks < k], ranks[ranks < k]
 
 
@@ -121,6 +124,17 @@ def at_least_kth(near: np.ndarray, k: int) -> np.ndarray:
         return np.ones(near.shape, dtype=bool)
     kept: np.ndarray = near >= _largest(near, k).min(axis=1, keepdims=True)
     return kept
+
+
+def _by_similarity(query_of: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """The order of n pairs by query, then most similar first; as they are, where one index found them so.
+
+    To look costs a tenth of sorting 10,000 pairs, which takes a millisecond.
+    """
+    same = query_of[1:] == query_of[:-1]
+    if bool(((query_of[1:] > query_of[:-1]) | (same & (near[1:] <= near[:-1]))).all()):
+        return np.arange(len(near))
+    return np.lexsort((-near, query_of))
 
 
 def _largest(values: np.ndarray, k: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 
 from penstock.operators.clustering import centroids_of, nearest_cells
-from penstock.operators.indexing import FaissObject, core_index, faiss_threads
+from penstock.operators.indexing import AnyIndex, FaissObject, core_index, faiss_threads
 from penstock.operators.search_parameters import SearchParameters, with_defaults
 
 _faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
@@ -134,7 +134,7 @@ def route(index: faiss.Index, queries: np.ndarray, nprobe: int, owners: CellOwne
     return Routing(vectors, np.where(chosen, cells, -1), distances, shards, owners)
 
 
-def search_cells(index: faiss.Index, probes: Probes, k: int) -> tuple[np.ndarray, np.ndarray]:
+def search_cells(index: AnyIndex, probes: Probes, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows in some cells of an index: float32 (q, k) as faiss measures them, and int64 (q, k) rows, -1
     where there are none."""
     core = _ivf(index)
@@ -226,7 +226,7 @@ def _empty_lists(core: FaissObject, count: int) -> FaissObject:
     return lists
 
 
-def _ivf(index: faiss.Index) -> FaissObject:
+def _ivf(index: AnyIndex) -> FaissObject:
     core = core_index(index)
     if not isinstance(core, faiss.IndexIVF):
         raise ValueError(f"index ({type(core).__name__}) has no cells; cluster sharding needs family ivf")

@@ -1,4 +1,4 @@
-"""What a search is told: the knobs of each index family, and how faiss is passed them."""
+"""What a search is told: the knobs of each index family, and how faiss and svs are passed them."""
 
 import math
 from collections.abc import Mapping
@@ -7,10 +7,12 @@ from typing import Any, Self
 
 import faiss
 
-from penstock.operators.indexing import FaissObject, core_index
+from penstock.operators.indexing import AnyIndex, FaissObject, core_index
+from penstock.operators.vamana import DEFAULT_WINDOW, VamanaIndex
 
 _faiss: Any = faiss  # for the search parameter classes that the type stubs of faiss 1.15 leave out
-HNSW_ROWS_PER_EF = 32  # rows compared for each step of an HNSW search: about its links
+HNSW_ROWS_PER_EF = 32  # rows compared for each step of a search in a graph: about its links
+GRAPHS = (faiss.IndexHNSW, VamanaIndex)
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,17 @@ class SearchParameters:
         return cls(**value)
 
 
-def faiss_parameters(index: faiss.Index, parameters: SearchParameters, selector: FaissObject = None) -> FaissObject:
-    """The parameters of one call; None where all knobs are left to the index.
+def faiss_parameters(index: AnyIndex, parameters: SearchParameters, selector: FaissObject = None) -> FaissObject:
+    """The parameters of one call, for svs its window; None where all knobs are left to the index.
 
     Raises:
         ValueError: for a knob of another family.
     """
     core = core_index(index)
-    _refuse_family(core, faiss.IndexIVF, "nprobe", parameters.nprobe)
-    _refuse_family(core, faiss.IndexHNSW, "ef_search", parameters.ef_search)
+    _refuse_family(core, (faiss.IndexIVF,), "nprobe", parameters.nprobe)
+    _refuse_family(core, GRAPHS, "ef_search", parameters.ef_search)
+    if isinstance(core, VamanaIndex):
+        return parameters.ef_search
     if parameters.nprobe is parameters.ef_search is selector is None:
         return None
     inner = _inner_parameters(core, with_defaults(core, parameters), selector)
@@ -71,6 +75,8 @@ def with_defaults(core: FaissObject, parameters: SearchParameters) -> SearchPara
         return replace(parameters, nprobe=core.nprobe)
     if isinstance(core, faiss.IndexHNSW) and parameters.ef_search is None:
         return replace(parameters, ef_search=core.hnsw.efSearch)
+    if isinstance(core, VamanaIndex) and parameters.ef_search is None:
+        return replace(parameters, ef_search=DEFAULT_WINDOW)
     return parameters
 
 
@@ -102,6 +108,7 @@ def _inner_parameters(core: FaissObject, parameters: SearchParameters, selector:
     return _faiss.SearchParameters(**chosen)
 
 
-def _refuse_family(core: FaissObject, expected: type, name: str, value: int | None) -> None:
+def _refuse_family(core: FaissObject, expected: tuple[type, ...], name: str, value: int | None) -> None:
     if value is not None and not isinstance(core, expected):
-        raise ValueError(f"{name} ({value}) is no parameter of {type(core).__name__}; only {expected.__name__} has it")
+        owners = " and ".join(owner.__name__ for owner in expected)
+        raise ValueError(f"{name} ({value}) is no parameter of {type(core).__name__}; only {owners} have it")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from penstock.operators.allowed_rows import search_allowed, search_every_code
-from penstock.operators.indexing import Metric, core_index, similarities
+from penstock.operators.indexing import AnyIndex, Metric, core_index, similarities
 from penstock.operators.lengths import normalize as normalize
 from penstock.operators.lengths import refuse_unfit_lengths as refuse_unfit_lengths
 from penstock.operators.ranking import at_least_kth, exact_similarities, most_similar_by, nearest_rows
@@ -47,7 +47,7 @@ class ShardSearcher:
     """Searches one opened shard. Threads may share it: knobs are passed with each call, and nothing is changed.
 
     Args:
-        index: an opened faiss index.
+        index: an opened index, of faiss or svs.
         ids: pa.Array or pa.ChunkedArray of string, one for each row.
         vectors: (n, d) array or StoredVectors to compare candidates with, or None.
         metric: of the original vectors; cosine expects unit vectors and queries.
@@ -57,7 +57,7 @@ class ShardSearcher:
 
     def __init__(
         self,
-        index: faiss.Index,
+        index: AnyIndex,
         ids: pa.Array | pa.ChunkedArray,
         vectors: np.ndarray | StoredVectors | None,
         metric: Metric,

@@ -390,7 +390,7 @@ def _widths(spec: IndexSpec, rows: int, factor: int) -> list[SearchParameters]:
     match spec.family:
         case Family.FLAT:
             return [SearchParameters(rerank_factor=factor)]
-        case Family.HNSW:
+        case Family.HNSW | Family.VAMANA:
             most = max(LEAST_EF, min(MOST_EF, rows))
             return [SearchParameters(ef_search=ef, rerank_factor=factor) for ef in _steps(LEAST_EF, most)]
         case Family.IVF:
@@ -436,7 +436,7 @@ def _growth(family: Family, rows: int, larger: int) -> float:
             return larger / rows
         case Family.IVF:
             return math.sqrt(larger / rows)
-        case Family.HNSW:
+        case Family.HNSW | Family.VAMANA:
             return math.log(larger) / math.log(rows)
         case _:
             assert_never(family)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend, Precision
-from penstock.operators.indexing import OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
+from penstock.operators.indexing import LEANVEC_CODECS, OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
 from penstock.operators.sharding import Sharding
 from penstock.operators.transforms import Step, step_from_json
 from penstock.operators.vector_codecs import VectorCodec
@@ -215,7 +215,9 @@ class Transform(Section):
 # The family or codecs that an option of the index belongs to.
 OPTION_OWNERS: dict[str, tuple[str, ...]] = {
     "hnsw_m": (Family.HNSW,),
-    "ef_construction": (Family.HNSW,),
+    "ef_construction": (Family.HNSW, Family.VAMANA),
+    "degree": (Family.VAMANA,),
+    "leanvec_dimension": LEANVEC_CODECS,
     "nlist": (Family.IVF,),
     "iterations": (Family.IVF,),
     "pq_bytes": OPQ_CODECS,
@@ -256,7 +258,15 @@ class Index(Section):
     hnsw_m: Annotated[int, Field(strict=True, ge=2, le=512)] | None = Field(
         None, description="Links per vertex (family hnsw); default 32."
     )
-    ef_construction: Count | None = Field(None, description="Candidates while building (family hnsw); default 100.")
+    ef_construction: Count | None = Field(
+        None, description="Candidates while building (families hnsw and vamana); default 100, of vamana 200."
+    )
+    degree: Annotated[int, Field(strict=True, ge=2, le=512)] | None = Field(
+        None, description="Links per vertex, at most (family vamana); default 64."
+    )
+    leanvec_dimension: Count | None = Field(
+        None, description="Components searched first (codecs leanvec4x8 and leanvec8x8); default half of them."
+    )
     nlist: Count | None = Field(
         None, description="Cells (family ivf); default about 4 times the root of a shard's rows."
     )

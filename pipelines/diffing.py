@@ -13,7 +13,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.comparing import DocumentChanges, neighbour_churn
 from penstock.pipelines.progress import Reporter
-from penstock.pipelines.publishing import shards_of
+from penstock.pipelines.publishing import how_built, shards_of
 from penstock.pipelines.reader import OpenIndex
 
 K = 10
@@ -93,7 +93,7 @@ def _figures(manifest: dict[str, Any]) -> dict[str, Any]:
         "version": manifest["version"],
         "documents": manifest["documents"],
         "rows": manifest["rows"],
-        "factory": manifest["faiss"]["factory"],
+        "factory": how_built(manifest)["factory"],
         "shards": len(manifest["shards"]),
         "bytes_per_vector": manifest["bytes_per_vector"],
         "bytes": sum(sizes),

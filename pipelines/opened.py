@@ -20,10 +20,10 @@ from penstock.cluster.published import VersionFiles, open_duplicates, open_rows,
 from penstock.cluster.storage import StorageUnavailable, Store
 from penstock.operators.entrance import Entrance
 from penstock.operators.filtering import Condition, bind, matching_rows
-from penstock.operators.indexing import Family, Metric
+from penstock.operators.indexing import Codec, Family, Metric, refuse_missing_engine
 from penstock.operators.routing import Probes, Routing
 from penstock.operators.searching import Hits, SearchParameters, merge_hits, normalize, spread_hits
-from penstock.pipelines.publishing import FORMAT, files_of, shards_of
+from penstock.pipelines.publishing import FORMAT, files_of, how_built, shards_of
 from penstock.pipelines.query_encoder import QueryEncoder
 
 RETRY_PAUSE_S = 30.0  # a damaged shard is fetched again at most twice a minute
@@ -166,7 +166,9 @@ class OpenVersion:
             )
         self.manifest, self.encoder, self.pool = manifest, encoder, pool
         self._metric = Metric(manifest["metric"])
-        family = Family(manifest["faiss"]["family"])
+        built = how_built(manifest)
+        family = Family(built["family"])
+        refuse_missing_engine(family, Codec(built["codec"]))
         folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
         files = VersionFiles(folder, files_of(manifest))
         self._entrance = Lazily(f"transforms and routing of {folder}", lambda: files.open_entrance(store))

@@ -36,6 +36,7 @@ from penstock.operators.documents import DocumentReader, SourceType
 from penstock.operators.encoding import Backend, Encoder, Precision, encoder_for
 from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import (
+    DEFAULT_DEGREE,
     OPQ_CODECS,
     ROTATED_CODECS,
     Family,
@@ -45,6 +46,7 @@ from penstock.operators.indexing import (
     faiss_metric,
     fewest_training_rows,
     parse_factory,
+    refuse_missing_engine,
 )
 from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
@@ -52,6 +54,7 @@ from penstock.operators.searching import SearchParameters
 from penstock.operators.sharding import Sharding
 from penstock.operators.transforms import metric_after, output_dimension, step_to_json
 from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, candidates
+from penstock.operators.vamana import svs_version
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
@@ -79,6 +82,7 @@ NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "
 VERSION_HEX_DIGITS = 16
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
+DEFAULT_EF_CONSTRUCTION = {Family.VAMANA: 200}  # candidates while a graph is built, where these are not 100
 STAGES = (PASSAGES, SELECTION, EMBEDDINGS, TRAINING, SHARDS, EVALUATION)
 
 
@@ -206,7 +210,8 @@ class Resolved:
             TRAINING: {f"index.{name}": value for name, value in index.items()}
             | {"index.metric": self.metric.value, "version": TRAINING_VERSION}
             | {"index.transforms": steps}
-            | {"mean of stored vectors": self.stored is not None and is_lvq(self.stored)},
+            | {"mean of stored vectors": self.stored is not None and is_lvq(self.stored)}
+            | ({"svs": svs_version()} if pipeline.index.family == Family.VAMANA else {}),
             SHARDS: {
                 "index.shards": pipeline.index.shards,
                 "index.sharding": pipeline.index.sharding.value,
@@ -546,7 +551,7 @@ def index_spec(resolved: Resolved, rows: int) -> IndexSpec:
         factory=factory,
         training_rows=index.training_rows,
         seed=index.seed,
-        ef_construction=index.ef_construction or 100,
+        ef_construction=index.ef_construction or DEFAULT_EF_CONSTRUCTION.get(family, 100),
     )
 
 
@@ -562,6 +567,8 @@ def _factory(pipeline: PipelineFile, family: Family, dimension: int, rows: int) 
         pq_bytes=index.pq_bytes,
         rabitq_bits=index.rabitq_bits or DEFAULT_RABITQ_BITS,
         opq=index.opq,
+        degree=index.degree or DEFAULT_DEGREE,
+        leanvec_dimension=index.leanvec_dimension,
     )
 
 
@@ -803,12 +810,14 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
                     f"sharding (cluster) shares out the cells of family ivf, but factory is {index.factory}"
                 )
             known = index.model_copy(update={"family": spec.family, "codec": spec.codec})
+            refuse_missing_engine(spec.family, spec.codec)
             return pipeline.model_copy(update={"index": known})
         if index.family == "auto":
             budget = Budget(index.recall, bytes_per_vector=index.bytes_per_vector)
             candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD)
         else:
             faiss_metric(index.family, index.codec, metric)
+            refuse_missing_engine(index.family, index.codec)
             _factory(pipeline, index.family, dimension, LARGE_SHARD)
     except ValueError as error:
         raise PipelineFileInvalid([origin.problem("index", str(error))]) from error

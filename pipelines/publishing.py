@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
 from penstock.cluster.jobs.placement import owners_path
-from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, VECTORS, FileRecord, ShardRecord
+from penstock.cluster.jobs.shards import DUPLICATES, FAISS, IDS, ROWS, SVS, VECTORS, FileRecord, ShardRecord
 from penstock.cluster.jobs.training import read_trained
 from penstock.cluster.jobs.transforms import chain_path
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, shard_file
 from penstock.cluster.published import OWNERS_FILE, ROUTING_FILE, TRANSFORMS_FILE, VERSION_FILES, VersionFiles
 from penstock.cluster.storage import Store
+from penstock.operators.indexing import Family, IndexSpec
 from penstock.operators.sharding import Sharding
 from penstock.operators.transforms import step_to_json
+from penstock.operators.vamana import svs_version
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import Chain, Resolved
@@ -28,7 +30,7 @@ from penstock.pipelines.planning import Chain, Resolved
 FORMAT = "penstock-index/1"
 LINEAGE = "lineage.parquet"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-SHARD_FILE_KINDS = (FAISS, IDS, ROWS, VECTORS, DUPLICATES)
+SHARD_FILE_KINDS = (FAISS, SVS, IDS, ROWS, VECTORS, DUPLICATES)
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,7 @@ def make_manifest(
         "dimension": resolved.encoder.dimension,
         "model": _model(resolved),
         "transforms": [step_to_json(step) for step in resolved.pipeline.index.steps()],
-        "faiss": {
-            "family": chain.spec.family.value,
-            "codec": chain.spec.codec.value,
-            "factory": chain.spec.factory,
-            "dimension": chain.spec.dimension,
-            "seed": chain.spec.seed,
-        },
+        **_built(chain.spec),
         "rerank": resolved.pipeline.index.rerank,
         "stored": stored.value if (stored := resolved.stored) else None,
         "bytes_per_vector": round(index_bytes(shards) / max(rows, 1), 1),
@@ -112,8 +108,25 @@ def files_of(manifest: dict[str, Any]) -> tuple[FileRecord, ...]:
 
 
 def index_bytes(shards: Sequence[ShardRecord]) -> int:
-    """Size of the faiss files: what a searching process holds in memory."""
-    return sum(file.size_bytes for shard in shards for file in shard.files if file.name.endswith(".faiss"))
+    """Size of the index files: what a searching process holds in memory."""
+    return sum(file.size_bytes for shard in shards for file in shard.files if file.name.endswith((FAISS, SVS)))
+
+
+def how_built(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The family, codec and factory string of a version's shards, whatever library made them."""
+    return dict(manifest["svs"] if "svs" in manifest else manifest["faiss"])
+
+
+def _built(spec: IndexSpec) -> dict[str, Any]:
+    built = {
+        "family": spec.family.value,
+        "codec": spec.codec.value,
+        "factory": spec.factory,
+        "dimension": spec.dimension,
+    }
+    if spec.family is Family.VAMANA:
+        return {"svs": built | {"ef_construction": spec.ef_construction, "version": svs_version()}}
+    return {"faiss": built | {"seed": spec.seed}}
 
 
 def write_lineage(store: Store, folder: str, resolved: Resolved, chain: Chain) -> FileRecord:

@@ -15,6 +15,7 @@ from penstock.pipelines.gate import failed
 from penstock.pipelines.history import Status
 from penstock.pipelines.opened import Coverage
 from penstock.pipelines.planning import Plan
+from penstock.pipelines.publishing import how_built
 from penstock.pipelines.running import Report
 
 SNIPPET_CHARACTERS = 240
@@ -195,7 +196,7 @@ def _figures(report: Report) -> RenderableType:
         *_encoder(report),
         (
             "index",
-            f"{report.manifest['faiss']['factory']}, {len(report.manifest['shards'])} shards, "
+            f"{how_built(report.manifest)['factory']}, {len(report.manifest['shards'])} shards, "
             f"{report.index_bytes:,} bytes",
         ),
         ("index bytes per vector", f"{report.manifest['bytes_per_vector']:,.1f}"),

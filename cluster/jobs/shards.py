@@ -1,4 +1,4 @@
-"""Embeddings → the files of one shard: the faiss index, ids, rows, vectors for re-ranking, and duplicates' links."""
+"""Embeddings → the files of one shard: the index, ids, rows, vectors for re-ranking, and duplicates' links."""
 
 import hashlib
 import json
@@ -25,12 +25,13 @@ from penstock.cluster.layout import SHARDS, shard_file, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
 from penstock.operators.identity import row_hashes
-from penstock.operators.indexing import IndexSpec, ShardBuilder
+from penstock.operators.indexing import Family, IndexSpec, shard_builder
 from penstock.operators.routing import only_cells
 from penstock.operators.sharding import Sharding, shard_of, shard_range
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
 from penstock.operators.vector_store import VectorWriter
 
+SVS = "svs.tar"
 FAISS, IDS, ROWS, VECTORS, DUPLICATES = "faiss", "ids.arrow", "rows.arrow", "vectors.arrow", "duplicates.arrow"
 INTERNAL_COLUMNS = {"ordinal", "tokens", "row_hash", "text_hash", "normal_hash", "document_hash", "source", "position"}
 
@@ -100,10 +101,15 @@ def shard_record_path(fingerprint: str, shard: int) -> str:
     return f"{stage_folder(SHARDS, fingerprint)}/{shard_file(shard, 'json')}"
 
 
+def index_kind(family: Family) -> str:
+    """The kind of a shard's index file: what faiss writes, or the folders of svs as one file."""
+    return SVS if family is Family.VAMANA else FAISS
+
+
 def build_shard(task: ShardTask) -> ShardRecord:
     """Stream the shard's rows into its files, upload them, then write the record that says it is done.
 
-    Memory: the finished index, plus one fragment's slice.
+    Memory: the finished index, plus one fragment's slice; with family vamana, what VamanaBuilder takes.
     """
     started = time.perf_counter()
     job, store = task.job, connect(task.job.source.root)
@@ -119,10 +125,10 @@ def build_shard(task: ShardTask) -> ShardRecord:
 
 
 def _write_rows(task: ShardTask, store: Store, folder: Path) -> tuple[int, int]:
-    """The faiss file, ids, rows and (for re-ranking) vectors, row i of each being the same passage; rows and bytes
+    """The index file, ids, rows and (for re-ranking) vectors, row i of each being the same passage; rows and bytes
     read."""
     job, bytes_read = task.job, 0
-    builder = ShardBuilder(_trained(task, store), threads=1)
+    builder = shard_builder(job.spec, _trained(task, store))
     chain = read_chain(store, job.transforms)
     vectors = _vector_writer(task, store, folder)
     ids_writer: pa.ipc.RecordBatchFileWriter | None = None
@@ -142,7 +148,7 @@ def _write_rows(task: ShardTask, store: Store, folder: Path) -> tuple[int, int]:
     for writer in (ids_writer, rows_writer, vectors):
         if writer is not None:
             writer.close()
-    builder.write(folder / shard_file(task.shard, FAISS))
+    builder.write(folder / shard_file(task.shard, index_kind(job.spec.family)))
     return builder.ntotal, bytes_read
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from penstock.operators.indexing import (
+    FAISS_FAMILIES,
     Codec,
     Family,
     IndexSpec,
@@ -68,7 +69,7 @@ QUERIES = _clustered(50, seed=2)
 IDS = np.array([f"row-{(row * 7919) % ROWS:05}" for row in range(ROWS)], dtype=object)
 BUILT = [
     Case(factory_string(family, codec, DIMENSION, hnsw_m=16, nlist=LISTS, rabitq_bits=bits))
-    for family in Family
+    for family in FAISS_FAMILIES
     for codec in codecs_of(family, Metric.COSINE)
     for bits in ((1, 4) if codec in (Codec.RABITQ, Codec.RABITQFS) else (1,))
 ]
