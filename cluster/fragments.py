@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,20 +65,23 @@ def write_fragment(store: Store, path: str, table: pa.Table, receipt: Receipt | 
     """Write a table as one object, in one atomic step; returns its size in bytes. Equal tables give equal bytes."""
     metadata = {RECEIPT_KEY: receipt.to_json()} if receipt else {}
     sink = io.BytesIO()
-    vectors = [field.name for field in table.schema if _is_vector(field.type)]
-    pq.write_table(
-        table.replace_schema_metadata(metadata),
-        sink,
-        row_group_size=ROW_GROUP_ROWS,
-        compression="zstd",
-        write_page_checksum=True,
-        store_schema=True,
-        use_dictionary=[name for name in table.column_names if name not in vectors] if vectors else True,
-        column_encoding={f"{name}.list.element": VECTOR_ENCODING for name in vectors} or None,
-    )
+    options = write_options(table.schema)
+    pq.write_table(table.replace_schema_metadata(metadata), sink, row_group_size=ROW_GROUP_ROWS, **options)
     data = sink.getvalue()
     store.write(path, data)
     return len(data)
+
+
+def write_options(schema: pa.Schema) -> dict[str, Any]:
+    """How Parquet is written here: with page checksums, and vectors without dictionaries."""
+    vectors = [field.name for field in schema if _is_vector(field.type)]
+    return {
+        "compression": "zstd",
+        "write_page_checksum": True,
+        "store_schema": True,
+        "use_dictionary": [name for name in schema.names if name not in vectors] if vectors else True,
+        "column_encoding": {f"{name}.list.element": VECTOR_ENCODING for name in vectors} or None,
+    }
 
 
 def open_fragment(store: Store, path: str) -> pq.ParquetFile:

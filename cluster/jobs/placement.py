@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from penstock.cluster.fragments import ROW_GROUP_ROWS, open_fragment, vector_column, vectors_of
+from penstock.cluster.fragments import ROW_GROUP_ROWS, open_fragment, vector_column, vectors_of, write_options
 from penstock.cluster.jobs.cells import CellsJob, CellsTask, kept_trained, read_cells, write_cells
 from penstock.cluster.jobs.sampling import sample_vectors
 from penstock.cluster.jobs.shard_rows import EMBEDDED_COLUMNS, FragmentPair, RowSource, read_rows
@@ -144,7 +144,7 @@ def _in_groups(table: pa.Table, shards: np.ndarray) -> bytes:
     """A Parquet file of a table sorted by shard, in which no row group holds rows of two shards."""
     sink = io.BytesIO()
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
-    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(sink, table.schema, **write_options(table.schema)) as writer:
         for start, stop in zip(starts, [*starts[1:], len(shards)], strict=True):
             writer.write_table(table.slice(start, stop - start), row_group_size=ROW_GROUP_ROWS)
     return sink.getvalue()

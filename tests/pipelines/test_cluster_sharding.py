@@ -208,6 +208,13 @@ def test_k_means_over_all_vectors_and_transforms_before_the_cells(copied: Publis
     assert np.mean([len(set(names) & wanted) / 10 for names, wanted in zip(found.ids, truth, strict=True)]) > 0.97
 
 
+def test_family_auto_chooses_among_codecs_of_cells(copied: Published) -> None:
+    made = run(copied.workspace, index={"shards": 2, "sharding": "cluster", "recall": 0.8})
+    assert made.manifest["faiss"]["family"] == "ivf" and made.manifest["sharding"]["rule"] == "cluster"
+    (record,) = (json.loads(path.read_text()) for path in copied.root.glob("tuning/*.json"))
+    assert {trial["family"] for trial in record["trials"]} == {"ivf"}
+
+
 @pytest.mark.parametrize(
     "steps",
     [
