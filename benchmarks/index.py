@@ -31,22 +31,25 @@ import pyarrow as pa
 from penstock.operators.indexing import Metric, ShardBuilder, open_index, requires_training, train_index
 from penstock.operators.searching import ShardSearcher, VectorWriter, open_vectors
 from penstock.operators.tuning import (
-    SCREENING_ROWS,
+    SCREENING_SIZES,
     Budget,
+    Candidate,
     Sample,
     Trial,
+    Tuned,
     candidates,
-    choose,
-    finalists,
     groups,
     make_sample,
     measure,
+    measure_grid,
+    search_grid,
 )
 
 K = 10
 RECALL = 0.95
 SEED = 20_260_101
 TRAINING_ROWS = 262_144
+TUNING_QUERIES = 500  # as a run holds out
 MEMORY_BUDGET = 128.0
 BUILD_ROWS = 8192
 BUDGETS = {
@@ -109,17 +112,36 @@ def _encode_docstrings(rows: int) -> np.ndarray:
 # ---- ours
 
 
-def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Trial, list[Trial], float]:
-    """The planner's choice, all that it measured in full, and seconds."""
-    started = time.perf_counter()
+def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Tuned, float]:
+    """The planner's choice with all that it measured, and CPU seconds."""
+    started = time.process_time()
     rows, dimension = sample.vectors.shape
-    grid = candidates(dimension, sample.metric, rows, budget, TRAINING_ROWS, SCREENING_ROWS)
-    if not exhaustive:
-        small = make_sample(sample.vectors[:SCREENING_ROWS], sample.queries, sample.metric, K)
-        screened = [one for group in groups(grid) for one in measure(small, group, budget, SEED, TRAINING_ROWS, rows)]
-        grid = finalists(screened, budget)
-    trials = [one for group in groups(grid) for one in measure(sample, group, budget, SEED, TRAINING_ROWS, rows)]
-    return choose(trials, budget), trials, time.perf_counter() - started
+    queries = sample.queries[:TUNING_QUERIES]
+    grid = candidates(dimension, sample.metric, rows, budget, TRAINING_ROWS, SCREENING_SIZES[0])
+
+    def trials(some: Sequence[Candidate], size: int) -> list[Trial]:
+        part = make_sample(sample.vectors[:size], queries, sample.metric, K)
+        return [one for group in groups(some) for one in measure(part, group, budget, SEED, TRAINING_ROWS, rows)]
+
+    search = measure_grid if exhaustive else search_grid
+    return search(grid, rows, budget, trials), time.process_time() - started
+
+
+def pick(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Trial, dict[str, Any]]:
+    """The planner's choice and its record, if asked for beside that of the whole grid."""
+    tuned, seconds = tune(sample, budget, exhaustive=False)
+    record: dict[str, Any] = {"seconds": round(seconds, 1), **tuned.to_json()}
+    if exhaustive:
+        every, all_seconds = tune(sample, budget, exhaustive=True)
+        same = next(trial for trial in every.trials if trial.candidate == tuned.chosen.candidate)
+        record |= {
+            "exhaustive_s": round(all_seconds, 1),
+            "exhaustive_best": every.chosen.to_json(),
+            "exhaustive_trials": [trial.to_json() for trial in every.trials],
+            "picked_over_exhaustive": round(same.queries_per_s / every.chosen.queries_per_s, 3),
+            "tuning_time_over_exhaustive": round(seconds / all_seconds, 3),
+        }
+    return tuned.chosen, record
 
 
 def ours(name: str, trial: Trial, vectors: np.ndarray, folder: Path) -> Contender:
@@ -276,21 +298,12 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     vectors = load_vectors(options.vectors, options.rows + options.queries)
     base, queries = vectors[: options.rows], vectors[options.rows :]
     sample = make_sample(base, queries, Metric.COSINE, K)
-    truth = [{int(name.removeprefix("row-")) for name in row[:K]} for row in sample.truth.ids]
+    truth = [set(row[:K].tolist()) for row in sample.neighbours]
     picks: dict[str, Any] = {}
     contenders = []
     for name, budget in BUDGETS.items():
-        chosen, trials, seconds = tune(sample, budget, exhaustive=False)
-        _note(f"{name}: {chosen.factory} in {seconds:.0f} s of {len(trials)} finalists")
-        picks[name] = {
-            "chosen": chosen.to_json(),
-            "seconds": round(seconds, 1),
-            "trials": [t.to_json() for t in trials],
-        }
-        if options.exhaustive:
-            best, every, all_seconds = tune(sample, budget, exhaustive=True)
-            picks[name] |= {"exhaustive_best": best.to_json(), "exhaustive_s": round(all_seconds, 1)}
-            picks[name]["exhaustive_trials"] = [trial.to_json() for trial in every]
+        chosen, picks[name] = pick(sample, budget, options.exhaustive)
+        _note(f"{name}: {chosen.factory} in {picks[name]['seconds']:.0f} s")
         contenders.append(ours(name, chosen, base, folder))
     for peer in by_hand(base):
         _note(f"built {peer.name} in {peer.build_s:.0f} s")
@@ -329,12 +342,27 @@ def ratios(contenders: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def planner_ratios(picks: dict[str, Any]) -> dict[str, float]:
+    """The worst of the planner's choices over the best of the whole grid, and its share of the time; {} unmeasured."""
+    measured = [one for one in picks.values() if "exhaustive_s" in one]
+    if not measured:
+        return {}
+    return {
+        "picked_over_exhaustive": min(one["picked_over_exhaustive"] for one in measured),
+        "tuning_time_over_exhaustive": max(one["tuning_time_over_exhaustive"] for one in measured),
+    }
+
+
 def bars(found: dict[str, Any]) -> dict[str, bool]:
     """What the figures must reach."""
-    return {
+    met = {
         "picked_over_best_peer": found["picked_over_best_peer"] >= 1 and found["picked_bytes_over_best_peer"] <= 1,
         "small_over_exact": found["small_over_exact"] >= 2,
     }
+    if "picked_over_exhaustive" in found:
+        met["picked_over_exhaustive"] = found["picked_over_exhaustive"] >= 0.9
+        met["tuning_time_over_exhaustive"] = found["tuning_time_over_exhaustive"] <= 0.1
+    return met
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -378,7 +406,7 @@ def main() -> None:
         "dimension": 384,
         "queries": options.queries,
         **found,
-        "ratios": ratios(found["contenders"]),
+        "ratios": ratios(found["contenders"]) | planner_ratios(found["picks"]),
     }
     sys.stdout.write(markdown(result) + "\n")
     if options.json:

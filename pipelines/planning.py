@@ -48,7 +48,7 @@ from penstock.operators.indexing import (
 from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
 from penstock.operators.searching import SearchParameters
-from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, candidates
+from penstock.operators.tuning import SCREENING_SIZES, Budget, Candidate, candidates
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -59,7 +59,7 @@ TRAINING_VERSION = 1
 SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
 TUNING = "tuning"
-TUNING_VERSION = 1
+TUNING_VERSION = 2
 HELD_OUT_QUERIES = 500
 LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
 LARGE_SHARD = 1_000_000  # rows: no configuration takes fewer bytes per vector in a smaller one
@@ -105,7 +105,9 @@ class Resolved:
         if chosen.family is Family.HNSW:
             options["hnsw_m"] = chosen.hnsw_m
         if chosen.codec in OPQ_CODECS:
-            options |= {"pq_bytes": chosen.pq_bytes, "opq": chosen.opq}
+            options["pq_bytes"] = chosen.pq_bytes
+        if chosen.family is Family.IVF:
+            options["nlist"] = chosen.nlist
         if chosen.codec in ROTATED_CODECS:
             options["rabitq_bits"] = chosen.rabitq_bits
         index = self.pipeline.index.model_copy(update=options)
@@ -516,7 +518,7 @@ def index_candidates(resolved: Resolved, rows: int) -> list[Candidate]:
     if rows < LEAST_ROWS:
         return []
     whole = shard_rows(resolved, rows)
-    sample = max(1, min(SCREENING_ROWS, whole, rows - held_out_rows(rows)))
+    sample = max(1, min(SCREENING_SIZES[0], whole, rows - held_out_rows(rows)))
     training_rows = resolved.pipeline.index.training_rows
     dimension, metric = resolved.encoder.dimension, resolved.metric
     return candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
@@ -702,7 +704,8 @@ def decided_before(resolved: Resolved, store: Store) -> Resolved:
 
 
 def chosen_before(resolved: Resolved, store: Store, rows: int) -> Resolved:
-    """With the index that an earlier run on this root chose for such vectors and such a size."""
+    """With the index that an earlier run on this root chose for such vectors and such a size, unless they have become
+    too few to train it."""
     if resolved.index_chosen:
         return resolved
     try:
@@ -711,7 +714,8 @@ def chosen_before(resolved: Resolved, store: Store, rows: int) -> Resolved:
         return resolved
     chosen = record["chosen"]
     point = SearchParameters.from_json(chosen["parameters"]) if "parameters" in chosen else None
-    return resolved.with_index(Candidate.from_json(chosen), point)
+    found = resolved.with_index(Candidate.from_json(chosen), point)
+    return found if is_trainable(found, rows) else resolved
 
 
 def choice_path(choice_fingerprint: str) -> str:
@@ -865,6 +869,12 @@ def _why(stage: str, resolved: Resolved, past: PastRun | None, todo: bool, other
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 24 else text[:12] + "…"
+
+
+def is_trainable(resolved: Resolved, rows: int) -> bool:
+    """Whether so many passages train the index."""
+    spec = index_spec(resolved, rows)
+    return min(rows, spec.training_rows) >= max(1, fewest_training_rows(spec))
 
 
 def check_trainable(resolved: Resolved, rows: int, origin: Origin) -> None:
