@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from penstock.operators.index_trials import usual_growth
 from penstock.operators.indexing import Codec, Family, Metric
 from penstock.operators.searching import SearchParameters
-from penstock.operators.index_trials import usual_growth
 from penstock.operators.tuning import (
     CLOSE,
     FINALISTS,

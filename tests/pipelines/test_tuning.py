@@ -92,7 +92,7 @@ def test_a_run_chooses_by_measurement_once_and_builds_that(workspace: Workspace)
     assert before["shards"].fingerprint is None
     report = workspace.pipeline(index=AUTO, gate={"recall": 0.9}).run()
     assert report is not None and report.status is Status.PUBLISHED and report.tuning is not None
-    chosen, tried = report.tuning["chosen"], report.tuning["screened"]
+    chosen, tried = report.tuning["chosen"], report.tuning["trials"]
     assert report.tuning["met"] and chosen["recall"] >= 0.9 and len(tried) > 8
     assert chosen["queries_per_s"] == max(one["queries_per_s"] for one in tried if one["recall"] >= 0.9)
     assert report.manifest["faiss"]["family"] == chosen["family"]
@@ -120,6 +120,20 @@ def test_tuning_again_replaces_the_choice_and_a_resumed_run_still_tells_of_it(wo
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_choice_that_the_corpus_is_now_too_small_to_train_is_made_again(workspace: Workspace) -> None:
+    asked = workspace.pipeline(index=AUTO, gate={"recall": 0.9})
+    record = asked.tune()
+    (path,) = (workspace.root / "tuning").glob("*.json")
+    lists = {"family": "ivf", "codec": "none", "rerank": False, "nlist": 5000, "parameters": {"nprobe": 9}}
+    path.write_text(json.dumps(record | {"chosen": record["chosen"] | lists}))  # as of more passages than there are
+    assert asked.plan().version is None
+    report = asked.run()
+    assert report is not None and report.status is Status.PUBLISHED
+    assert report.tuning == json.loads(path.read_text()) and report.tuning["chosen"].get("nlist") != 5000
+    assert asked.plan().up_to_date
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_memory_that_no_index_keeps_is_refused_before_anything_is_embedded(workspace: Workspace) -> None:
     with pytest.raises(PipelineFileInvalid, match=r"index: memory_gib \(1e-06\) for \d+ vectors: bytes_per_vector"):
         workspace.pipeline(index={"memory_gib": 1e-6}).run()
@@ -141,6 +155,11 @@ def test_the_command_shows_measures_and_draws(workspace: Workspace, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "chosen" in done.stdout and "queries/s" in done.stdout and "Flat" in done.stdout
     ElementTree.fromstring(picture.read_text())
+    few = workspace.file(index={"shards": 1})
+    unmeasured = penstock("tune", str(few), "--plot", str(tmp_path / "nothing.svg"))
+    assert unmeasured.returncode == 0 and not (tmp_path / "nothing.svg").exists()
+    assert "nothing.svg) is not written: nothing was measured, as " in unmeasured.stderr
+    assert "vectors a shard are searched exactly" in unmeasured.stderr
     impossible = workspace.file(index={**AUTO, "bytes_per_vector": 90.0, "recall": 1.0})
     missed = penstock("tune", str(impossible), "--json")
     assert missed.returncode == 3 and "no configuration that was measured keeps recall 1 (nearest: 0." in missed.stderr
