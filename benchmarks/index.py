@@ -1,6 +1,7 @@
 """What the planner picks for a budget, against the indexes that a user would otherwise build by hand.
 
-    python benchmarks/index.py [--vectors FILE.npy] [--rows 99000] [--queries 1000] [--rounds 5] [--exhaustive] [--json]
+    python benchmarks/index.py [--vectors FILE.npy] [--rows 99000] [--queries 1000] [--rounds 5] [--exhaustive]
+        [--merge FILE ...] [--json]
 
 FILE.npy holds real vectors, float32 (n, d); where it is not there, passages of docstrings of the installed packages
 are encoded and kept under that name. The last `--queries` rows are held out. Each index is built on one thread, and the
@@ -394,6 +395,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", json.dumps(result["ratios"]), *verdicts])
 
 
+def other_parts(files: Sequence[Path]) -> dict[str, Any]:
+    """The figures of other parts of this benchmark: the JSON of the last line of each file."""
+    return {name: value for file in files for name, value in json.loads(file.read_text().splitlines()[-1]).items()}
+
+
 def _note(line: str) -> None:
     sys.stderr.write(line + "\n")
 
@@ -405,6 +411,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--exhaustive", action="store_true", help="also measure every candidate in full")
+    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="outputs of other parts, with their --json")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -422,7 +429,7 @@ def main() -> None:
     }
     sys.stdout.write(markdown(result) + "\n")
     if options.json:
-        sys.stdout.write(json.dumps({**result["ratios"], **result}) + "\n")
+        sys.stdout.write(json.dumps({**other_parts(options.merge), **result["ratios"], **result}) + "\n")
     sys.exit(0 if all(bars(result["ratios"]).values()) else 1)
 
 

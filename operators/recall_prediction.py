@@ -1,7 +1,6 @@
 """What recall an index keeps when its rows become more, from the ranks that were found in a sample of them."""
 
 import numpy as np
-from scipy.stats import hypergeom
 
 
 def recall_of_more_rows(
@@ -25,6 +24,8 @@ def recall_of_more_rows(
         neighbours: int64 (q, m), the nearest rows of the sample, best first, m >= k; below -1 where there is none.
         offered: how many candidates are compared exactly.
     """
+    from scipy.stats import hypergeom  # here, as it takes a second to import, which most runs need not wait for
+
     ranks = np.arange(1, neighbours.shape[1] + 1)
     counts = hypergeom.sf(ranks - 1, rows, min(k, rows), sample_rows)
     among = hypergeom.sf(np.arange(candidates.shape[1]), rows, min(offered, rows), sample_rows)
