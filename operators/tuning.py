@@ -28,7 +28,7 @@ from penstock.operators.indexing import (
 )
 
 # Sizes of the sample on which candidates are screened; a size is left out where all there is is not WORTH_SCREENING
-# times as much. 39,000 real vectors: 10 s of CPU time in all, where measuring every candidate in full takes 140.
+# times as much.
 SCREENING_SIZES = (2_500, 10_000)
 WORTH_SCREENING = 2
 LINKS = (16, 32)
@@ -37,9 +37,10 @@ LINKS = (16, 32)
 LISTS_PER_ROOT_ROW = (1, 0.5, 2, 4)
 LEADERS = 2  # codes of each family that go on from the first sample
 FINALISTS = 3
-# What is estimated to be more than this many times slower than the best does not go on. Estimates from 10,000 rows for
-# 39,000 erred by up to a fifth.
-CLOSE = 1.2
+# What is estimated to be so many times slower than the best does not go on: after the first sample, after the second, and
+# after the second in another family than the best. From 10,000 rows for 39,000 the order within a family was estimated to
+# a tenth, that of families to a fifth.
+HOPELESS, CLOSE, CLOSE_FAMILY = 3.0, 1.1, 1.2
 LIST_STEP = 2  # numbers of lists or links that are further from those of a leader are measured exhaustively only
 # Powers of the rows between which the time in an index of a family grows; measured on the way, and kept within these.
 GROWTH_BOUNDS = {Family.FLAT: (1.0, 1.0), Family.IVF: (0.2, 0.7), Family.HNSW: (0.1, 0.5)}
@@ -150,7 +151,7 @@ def estimated(rounds: Sequence[Sequence[Trial]]) -> list[Trial]:
 def leaders(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
     """Of candidates measured on few rows, the LEADERS fastest of each family that keep recall and bytes (or, where none
     does, all the same): which family is the fastest, few rows do not tell."""
-    ranked = _ranked(estimates, budget)
+    ranked = _within_reach(_ranked(estimates, budget), HOPELESS)
     families = _unique(trial.candidate.family for trial in ranked)
     return [
         one for family in families for one in [t.candidate for t in ranked if t.candidate.family is family][:LEADERS]
@@ -160,9 +161,13 @@ def leaders(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
 def finalists(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
     """The FINALISTS that are worth measuring in full, and the best of any other family that comes close."""
     ranked = _ranked(estimates, budget)
-    close = [one for one in ranked if one.queries_per_s * CLOSE >= ranked[0].queries_per_s]
-    best_of_family = {one.candidate.family: one for one in reversed(close)}
-    return _unique(one.candidate for one in (*close[:FINALISTS], *best_of_family.values()))
+    close = _within_reach(ranked, CLOSE)[:FINALISTS]
+    best_of_family = {one.candidate.family: one for one in reversed(_within_reach(ranked, CLOSE_FAMILY))}
+    return _unique(one.candidate for one in (*close, *best_of_family.values()))
+
+
+def _within_reach(ranked: Sequence[Trial], factor: float) -> list[Trial]:
+    return [one for one in ranked if one.queries_per_s * factor >= ranked[0].queries_per_s]
 
 
 def _screening_sizes(rows: int) -> list[int]:

@@ -8,8 +8,9 @@ from penstock.operators.index_trials import usual_growth
 from penstock.operators.indexing import Codec, Family, Metric
 from penstock.operators.searching import SearchParameters
 from penstock.operators.tuning import (
-    CLOSE,
+    CLOSE_FAMILY,
     FINALISTS,
+    HOPELESS,
     LEADERS,
     SCREENING_SIZES,
     Budget,
@@ -210,17 +211,18 @@ def test_finalists_are_the_fastest_that_keep_recall_and_bytes() -> None:
     assert finalists([lossy], BUDGET) == [LISTS]
     many = [trial(replace(GRAPH, hnsw_m=links)) for links in range(2, 20)]
     assert len(finalists(many, BUDGET)) == FINALISTS
-    other = trial(LISTS, queries_per_s=1001.0 / CLOSE)
+    other = trial(LISTS, queries_per_s=1001.0 / CLOSE_FAMILY)
     assert finalists([*many, other], BUDGET)[-1] == LISTS  # another family, nearly as fast
 
 
 def test_the_best_codes_of_each_family_lead() -> None:
-    graphs = [trial(replace(GRAPH, hnsw_m=links), queries_per_s=9000.0 + links) for links in range(2, 6)]
-    lists = [trial(replace(LISTS, nlist=n), queries_per_s=10.0 + n) for n in (1, 2, 3)]
+    graphs = [trial(replace(GRAPH, hnsw_m=links), queries_per_s=2000.0 + links) for links in range(2, 6)]
+    lists = [trial(replace(LISTS, nlist=n), queries_per_s=1500.0 + n) for n in (1, 2, 3)]
     chosen = leaders([*lists, *graphs, trial()], BUDGET)
     assert [one.hnsw_m for one in chosen if one.family is Family.HNSW] == [5, 4]
     assert [one.nlist for one in chosen if one.family is Family.IVF] == [3, 2]
     assert FLAT in chosen and len(chosen) == 2 * LEADERS + 1
+    assert FLAT not in leaders([*graphs, trial(queries_per_s=1900 / HOPELESS)], BUDGET)
 
 
 def test_an_answer_in_time_comes_before_a_faster_batch() -> None:
