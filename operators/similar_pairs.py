@@ -12,17 +12,21 @@ What remains is multiplied again as it was given, in float64: the similarity of 
 compared together with, nor on the device.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
-import torch
 
 from penstock.operators.indexing import faiss_threads
+
+if TYPE_CHECKING:
+    import torch
 
 _faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
 
@@ -36,7 +40,7 @@ SHORT_COMPONENTS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PAIR_COST = 200_000
 # bfloat16 keeps 8 bits: both factors of a sum of at most 1 are rounded by at most 2^-8 of them, and so is the result.
 ROUNDING = 2.0**-8
-FILTER_MARGIN = {torch.bfloat16: 3 * ROUNDING + ROUNDING**2 + 1e-4, torch.float32: 1e-4}
+FILTER_MARGIN = {"bfloat16": 3 * ROUNDING + ROUNDING**2 + 1e-4, "float32": 1e-4}
 # 4,096 x 128 products in bfloat16 are 1 MiB, which stays in the cache until they are looked through.
 BLOCK_ROWS = 128
 CHUNK_ROWS = 4_096
@@ -75,7 +79,7 @@ class Pairs:
         return len(self.left)
 
     @staticmethod
-    def joined(parts: "list[Pairs]") -> "Pairs":
+    def joined(parts: list[Pairs]) -> Pairs:
         """All of some pairs, sorted by left and right."""
         if not parts:
             return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
@@ -84,7 +88,7 @@ class Pairs:
         order = np.lexsort((right, left))
         return Pairs(left[order], right[order], similarity[order])
 
-    def where(self, chosen: np.ndarray) -> "Pairs":
+    def where(self, chosen: np.ndarray) -> Pairs:
         """Those that a bool array (e,) chooses."""
         return Pairs(self.left[chosen], self.right[chosen], self.similarity[chosen])
 
@@ -266,16 +270,21 @@ class _Filter:
     """Multiplies short rows block by block, and names the pairs of places that may reach the floor."""
 
     def __init__(self, short: np.ndarray, floor: float, device: str) -> None:
-        kind, on_cpu = _filter_type(device), device == "cpu"
+        import torch
+
+        name, on_cpu = _filter_type(device), device == "cpu"
+        kind = getattr(torch, name)
         self._block, self._chunk = (BLOCK_ROWS, CHUNK_ROWS) if on_cpu else (GPU_ROWS, GPU_ROWS)
         self._step = STEP_ROWS if on_cpu else GPU_ROWS
         padding = max(self._block, self._step) if on_cpu or len(short) > GPU_ROWS else GPU_ROWS
         self._rows = torch.zeros((len(short) + padding, short.shape[1]), dtype=kind, device=device)
         self._rows[: len(short)] = torch.from_numpy(short)
-        self._threshold = floor - FILTER_MARGIN[kind]
+        self._threshold = floor - FILTER_MARGIN[name]
 
     def candidates(self, start: int, first: int, end: int) -> Iterator[_Places]:
         """Places (left, right), left before right: right in first..end, left from `start` on."""
+        import torch
+
         block = self._rows[first : first + self._block]
         for offset in range(start, first, self._chunk):
             stop = min(offset + self._chunk, first)
@@ -292,6 +301,8 @@ class _Filter:
 
 def _reaching(products: torch.Tensor, threshold: float) -> _Places | None:
     """Where products reach a threshold; None where nowhere."""
+    import torch
+
     if products.device.type == "cpu" and products.dtype is torch.bfloat16 and threshold > 2 * ROUNDING:
         # Positive floating point numbers are in the order of their bits, which are 4 times as fast to compare; the
         # threshold is rounded once more.
@@ -307,11 +318,11 @@ def _reaching(products: torch.Tensor, threshold: float) -> _Places | None:
     return rows.cpu().numpy(), columns.cpu().numpy()
 
 
-def _filter_type(device: str) -> torch.dtype:
+def _filter_type(device: str) -> str:
     """bfloat16 where it is multiplied in hardware, with sums in float32."""
-    if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    import torch
+
+    return "bfloat16" if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 # ---- the check
@@ -341,7 +352,7 @@ def _reached(vectors: np.ndarray, floor: float, candidates: list[_Places]) -> Pa
     """The candidates that reach the floor: a look in float32 for most, in float64 for those that are near or above."""
     left, right = (np.concatenate([part[side] for part in candidates]) for side in (0, 1))
     rough = [np.einsum("ij,ij->i", vectors[left[part]], vectors[right[part]]) for part in _chunks(len(left))]
-    near = np.concatenate(rough) >= floor - FILTER_MARGIN[torch.float32]
+    near = np.concatenate(rough) >= floor - FILTER_MARGIN["float32"]
     pairs = Pairs(left[near], right[near], pair_similarities(vectors, left[near], right[near]))
     return pairs.where(pairs.similarity >= np.float32(floor))
 

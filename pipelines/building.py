@@ -223,7 +223,7 @@ class Building:
         pairs = [
             FragmentPair(fact.passages, self.chain.embeddings[fact.passages], fact.kept < fact.passages_in)
             for fact in self.chain.facts
-            if fact.kept
+            if fact.passages in self.chain.embeddings
         ]
         return ShardJob(
             source=RowSource(
@@ -242,6 +242,7 @@ class Building:
             stored=resolved.stored,
             sharding=resolved.pipeline.index.sharding,
             transforms=self.chain.transforms_fingerprint,
+            kept_fingerprint=self.chain.deduplicated.kept if self.chain.deduplicated else None,
         )
 
     def place_files(self) -> VersionFiles:

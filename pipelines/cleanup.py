@@ -14,6 +14,7 @@ from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.leases import acquire
 from penstock.cluster.storage import ObjectInfo, Store
 from penstock.pipelines.history import new_run_id, read_run, run_ids
+from penstock.pipelines.planning import ENCODED
 from penstock.pipelines.publishing import LINEAGE
 
 DEFAULT_GRACE_HOURS = 24.0
@@ -113,10 +114,11 @@ def _add_lineage(store: Store, catalog: Catalog, version: str, needed: dict[tupl
     lineage = catalog.manifest(version)["lineage"]
     stages = lineage["stages"]
     table = pq.read_table(io.BytesIO(store.read(f"{catalog.version_folder(version)}/{LINEAGE}")))
-    for stage in (PASSAGES, EMBEDDINGS):
+    folders = {PASSAGES: PASSAGES, EMBEDDINGS: EMBEDDINGS, ENCODED: EMBEDDINGS}
+    for stage in folders.keys() & stages.keys():
         fragments = table.filter(pc.equal(table.column("stage"), stage)).column("fragment").to_pylist()
-        needed.setdefault((stage, stages[stage]), set()).update(fragments)
-    for stage in stages.keys() - {PASSAGES, EMBEDDINGS}:
+        needed.setdefault((folders[stage], stages[stage]), set()).update(fragments)
+    for stage in stages.keys() - folders.keys():
         needed[(stage, stages[stage])] = {"*"}
 
 

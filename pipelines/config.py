@@ -1,13 +1,16 @@
 """The pipeline file as one tree of frozen models: what the YAML file, `--set` and the recorded run all are."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend, Precision
+from penstock.operators.independent_set import Keep
 from penstock.operators.indexing import LEANVEC_CODECS, OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
 from penstock.operators.sharding import Sharding
+from penstock.operators.similar_pairs import Join, refuse_similarity
 from penstock.operators.transforms import Step, step_from_json
 from penstock.operators.vector_codecs import VectorCodec
 
@@ -18,6 +21,7 @@ Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)
 Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 ColumnType = Literal["string", "int64", "float64", "bool", "timestamp"]
+LEAST_STORED = 0.85  # so that most other thresholds need no other join
 ENVIRONMENT_PATHS = (
     ("root",),
     ("documents", "path"),
@@ -176,10 +180,57 @@ class Embedding(Section):
         return self
 
 
+KEEP_COLUMN = re.compile(r"column:(\S+)(?: (asc|desc))?")
+
+
 class Deduplicate(Section):
     """Which passages stay out of the index because another says the same."""
 
-    type: Literal["exact", "none"] = "exact"
+    type: Literal["exact", "semantic", "none"] = Field(
+        "exact", description="exact: the same text; semantic: also nearly the same vector; none: all stay."
+    )
+    similarity: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] = Field(
+        0.95, description="Cosine similarity from which on two passages mean the same (type semantic)."
+    )
+    keep: Text = Field(
+        "longest", description="Which of them stays: longest, first, densest, random, or column:NAME asc or desc."
+    )
+    join: Join = Field(
+        Join.EXACT, description="exact finds every pair; graph and cluster miss some, and need no part of the cells."
+    )
+    floor: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="Least similarity of the pairs that are stored; default 0.85, or similarity if that is lower."
+    )
+    seed: Whole = 20_260_103
+
+    @property
+    def least(self) -> float:
+        """The similarity down to which pairs are looked for and stored."""
+        return min(LEAST_STORED, self.similarity) if self.floor is None else self.floor
+
+    def keep_rule(self) -> Keep:
+        """The order in which passages are preferred."""
+        return Keep.COLUMN if KEEP_COLUMN.fullmatch(self.keep) else Keep(self.keep)
+
+    def keep_column(self) -> tuple[str, bool]:
+        """The column that decides, and whether its largest values are preferred; no name where another rule does."""
+        match = KEEP_COLUMN.fullmatch(self.keep)
+        return (match[1], match[2] == "desc") if match else ("", False)
+
+    @model_validator(mode="after")
+    def _options_are_of_type_semantic(self) -> Self:
+        given = sorted(self.model_fields_set - {"type"})
+        if self.type != "semantic" and given:
+            raise ValueError(f"{given[0]} belongs to type semantic, but type is {self.type}; leave it out")
+        words = [rule.value for rule in Keep if rule is not Keep.COLUMN]
+        if not KEEP_COLUMN.fullmatch(self.keep) and self.keep not in words:
+            raise ValueError(f"keep ({self.keep}) must be one of {', '.join(words)}, or column:NAME asc or desc")
+        if self.least > self.similarity:
+            raise ValueError(
+                f"floor ({self.least}) must be at most similarity ({self.similarity}): pairs below it are not stored"
+            )
+        refuse_similarity(self.least, self.join)
+        return self
 
 
 class Transform(Section):
@@ -409,7 +460,17 @@ class PipelineFile(Section):
     def _sections_agree(self) -> Self:
         if self.publish.alias and self.gate is None:
             raise ValueError("publish.alias needs a gate: add `gate: {recall: 0.95}`, or leave the alias out")
+        column = self.deduplicate.keep_column()[0]
+        if column and column not in self._kept_columns():
+            known = ", ".join(self._kept_columns()) or "none"
+            raise ValueError(
+                f"deduplicate.keep ({self.deduplicate.keep}) must name a column of documents.keep, which has: {known}"
+            )
         judged = self.gate is not None and (self.gate.ndcg is not None or self.gate.mrr is not None)
         if judged and not self.evaluate.relevance:
             raise ValueError("gate.ndcg and gate.mrr need judgements: set evaluate.queries and evaluate.relevance")
         return self
+
+    def _kept_columns(self) -> list[str]:
+        """Names of the columns of documents that passages carry."""
+        return list(getattr(self.documents, "keep", ()))

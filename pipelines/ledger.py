@@ -13,7 +13,8 @@ from penstock.cluster.storage import Store
 
 DOCUMENTS = "documents"
 # Each of these takes all the passages that the one before gave.
-PASSAGE_STAGES = ("selection", "embeddings", "shards")
+PASSAGE_STAGES = ("selection", "embeddings", "kept", "shards")
+WANTED_LESS = ("selection", "kept")  # what the file asked to leave out
 
 
 class LedgerDisagrees(Exception):
@@ -71,7 +72,7 @@ def dropped_fraction(entries: Sequence[StageEntry]) -> float:
     """Dead letters as a share of documents. Duplicates that the file asked to leave out are no dead letters."""
     documents = next(entry for entry in entries if entry.stage == DOCUMENTS)
     letters = sum(documents.dropped.values())
-    letters += sum(sum(entry.dropped.values()) for entry in entries if entry.stage not in (DOCUMENTS, "selection"))
+    letters += sum(sum(entry.dropped.values()) for entry in entries if entry.stage not in (DOCUMENTS, *WANTED_LESS))
     return letters / documents.rows_in if documents.rows_in else 0.0
 
 

@@ -19,9 +19,13 @@ from penstock.cluster.jobs.selection import OPERATOR_VERSION as SELECTION_VERSIO
 from penstock.cluster.jobs.shards import ShardRecord, shard_record_path
 from penstock.cluster.jobs.training import training_record_path
 from penstock.cluster.layout import (
+    CENTROIDS,
     EMBEDDINGS,
     EVALUATION,
+    KEPT,
+    PAIRS,
     PASSAGES,
+    REMOVAL,
     SELECTION,
     SHARDS,
     TRAINING,
@@ -52,6 +56,7 @@ from penstock.operators.late_chunking import can_pool_late
 from penstock.operators.models import ModelCard, ModelUnavailable, read_model_card, read_module_stack
 from penstock.operators.searching import SearchParameters
 from penstock.operators.sharding import Sharding
+from penstock.operators.similar_pairs import Join
 from penstock.operators.transforms import metric_after, output_dimension, step_to_json
 from penstock.operators.tuning import SCREENING_SIZES, Budget, Candidate, candidates
 from penstock.operators.vamana import svs_version
@@ -64,6 +69,8 @@ from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, docu
 PASSAGES_VERSION = 1
 TRANSFORMS_VERSION = 1
 TRAINING_VERSION = 1
+KEPT_VERSION = 1
+ENCODED = "encoded"  # in a lineage: the embeddings that deduplication by meaning read
 SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
 TUNING = "tuning"
@@ -202,12 +209,13 @@ class Resolved:
             },
             SELECTION: {
                 "documents.duplicate_ids": pipeline.documents.duplicate_ids.value,
-                "deduplicate.type": pipeline.deduplicate.type,
+                "deduplicate.type": "none" if pipeline.deduplicate.type == "none" else "exact",
                 "version": SELECTION_VERSION,
             },
             EMBEDDINGS: self.encoder.parameters()
             | {"embedding.store": pipeline.embedding.store}
             | ({"passages.type": self.chunker.kind.value} if self.chunker.kind is PassageType.LATE else {}),
+            KEPT: self._kept_parameters(),
             TRANSFORMS: {"index.transforms": steps, "index.queries": pipeline.index.queries},
             TRAINING: {f"index.{name}": value for name, value in index.items()}
             | {"index.metric": self.metric.value, "version": TRAINING_VERSION}
@@ -224,6 +232,19 @@ class Resolved:
             EVALUATION: {f"evaluate.{name}": value for name, value in pipeline.evaluate.model_dump(mode="json").items()}
             | {"index.recall": pipeline.index.recall, "version": EVALUATION_VERSION}
             | ({"index tuned": self.tuned_point.to_json()} if self.tuned_point else {}),
+        }
+
+    def _kept_parameters(self) -> dict[str, Any]:
+        deduplicate = self.pipeline.deduplicate
+        if deduplicate.type != "semantic":
+            return {"deduplicate.type": "exact"}
+        names = ("similarity", "keep", "join", "seed")
+        options = {f"deduplicate.{name}": getattr(deduplicate, name) for name in names}
+        return {
+            "deduplicate.type": "semantic",
+            **options,
+            "deduplicate.floor": deduplicate.least,
+            "version": KEPT_VERSION,
         }
 
     def stage_fingerprint(self, stage: str) -> str:
@@ -293,9 +314,47 @@ class Embedded:
     embeddings_fingerprint: str
     embeddings: dict[str, str]
     rows: int
+    encoded: "Embedded | None" = None
+    deduplicated: "Deduplicated | None" = None
 
 
 @dataclass(frozen=True)
+class Deduplicated:
+    """The identities of deduplication by meaning: centroids, pairs, what goes, and the embeddings that stay."""
+
+    centroids: str
+    pairs: str
+    removal: str
+    kept: str
+    join: Join
+    floor: float
+    similarity: float
+    seed: int
+
+    @classmethod
+    def of(cls, resolved: Resolved, embedded: Embedded) -> "Deduplicated":
+        """Those of the embeddings of a pipeline file."""
+        asked = resolved.pipeline.deduplicate
+        members = fingerprint_set(list(embedded.embeddings.values()))
+        centroids = fingerprint(stage=CENTROIDS, of=PAIRS, version=KEPT_VERSION, embeddings=members, seed=asked.seed)
+        pairs = fingerprint(stage=PAIRS, centroids=centroids, join=asked.join.value, floor=asked.least)
+        removal = fingerprint(
+            stage=REMOVAL,
+            pairs=pairs,
+            selection=resolved.selection_fingerprint,
+            similarity=asked.similarity,
+            keep=asked.keep,
+            seed=asked.seed,
+        )
+        kept = fingerprint(stage=KEPT, removal=removal)
+        return cls(centroids, pairs, removal, kept, asked.join, asked.least, asked.similarity, asked.seed)
+
+    def fragment(self, embeddings: str) -> str:
+        """The fragment of what stays of an embeddings fragment."""
+        return fingerprint(stage=self.kept, embeddings=embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chain(Embedded):
     """And those of the index and its version, once it is known which index."""
 
@@ -315,7 +374,20 @@ class Chain(Embedded):
             TRAINING: self.training_fingerprint,
             SHARDS: self.shards_fingerprint,
             EVALUATION: self.evaluation_fingerprint,
-        } | ({} if self.transforms_fingerprint is None else {TRANSFORMS: self.transforms_fingerprint})
+            **({} if self.transforms_fingerprint is None else {TRANSFORMS: self.transforms_fingerprint}),
+            **self._deduplication(),
+        }
+
+    def _deduplication(self) -> dict[str, str]:
+        if self.encoded is None or self.deduplicated is None:
+            return {}
+        found = self.deduplicated
+        return {
+            ENCODED: self.encoded.embeddings_fingerprint,
+            PAIRS: found.pairs,
+            REMOVAL: found.removal,
+            KEPT: found.kept,
+        }
 
 
 @dataclass(frozen=True)
@@ -410,17 +482,20 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
     selection = _selection_plan(resolved, facts, past, passages)
     embedded = embedded_of(resolved, facts) if facts is not None and resolved.decided else None
     asked = resolved  # a run chooses the index by itself, and says how
-    if embedded is not None:
-        resolved = chosen_before(resolved, store, embedded.rows)
-    if embedded is None or not resolved.index_chosen:
+    kept = deduplicated_of(resolved, embedded, store) if embedded is not None else None
+    if kept is not None:
+        resolved = chosen_before(resolved, store, kept.rows)
+    if kept is None or not resolved.index_chosen:
         known = [_embeddings_plan(resolved, embedded, store, past)] if embedded else []
-        later = known + [_unknown_plan(name, resolved, past) for name in STAGES[2 + len(known) :]]
+        known += _kept_plan(resolved, embedded, kept) if embedded else []
+        later = known + [_unknown_plan(name, resolved, past) for name in STAGES[2 + bool(embedded) :]]
         return Plan(asked, (passages, selection, *later), None, False, True, head)
-    chain = make_chain(resolved, embedded)
+    chain = make_chain(resolved, kept)
     catalog = Catalog(store, resolved.pipeline.name)
     published = catalog.has_manifest(chain.version)
     later = [
-        _embeddings_plan(resolved, chain, store, past),
+        _embeddings_plan(resolved, chain.encoded or chain, store, past),
+        *_kept_plan(resolved, chain.encoded or chain, chain),
         _training_plan(resolved, chain, store, past),
         _shards_plan(resolved, chain, store, past, published),
         _evaluation_plan(resolved, chain, store, past),
@@ -487,6 +562,24 @@ def embedded_of(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Embedded:
     kept = [fact for fact in facts if fact.kept]
     embeddings = {fact.passages: fact.embeddings_fragment(stage) for fact in kept}
     return Embedded(tuple(facts), stage, embeddings, sum(fact.kept for fact in kept))
+
+
+def kept_record_path(kept_fingerprint: str) -> str:
+    """What deduplication by meaning found, and the rows that stay of each fragment: written last."""
+    return f"{stage_folder(KEPT, kept_fingerprint)}/kept.json"
+
+
+def deduplicated_of(resolved: Resolved, embedded: Embedded, store: Store) -> Embedded | None:
+    """The embeddings that stay: all of them, or those that deduplication by meaning left; None before it is done."""
+    if resolved.pipeline.deduplicate.type != "semantic":
+        return embedded
+    plan = Deduplicated.of(resolved, embedded)
+    try:
+        rows: dict[str, int] = json.loads(store.read(kept_record_path(plan.kept)))["fragments"]
+    except FileNotFoundError:
+        return None
+    names = {passages: plan.fragment(name) for passages, name in embedded.embeddings.items() if rows.get(passages)}
+    return Embedded(embedded.facts, plan.kept, names, sum(rows.values()), embedded, plan)
 
 
 def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
@@ -902,6 +995,16 @@ def _embeddings_plan(resolved: Resolved, chain: Embedded, store: Store, past: Pa
     return StagePlan(
         EMBEDDINGS, chain.embeddings_fingerprint, len(chain.embeddings) - len(todo), len(todo), rows, size_bytes, why
     )
+
+
+def _kept_plan(resolved: Resolved, embedded: Embedded, kept: Embedded | None) -> list[StagePlan]:
+    """Deduplication by meaning, where it is asked for."""
+    if resolved.pipeline.deduplicate.type != "semantic":
+        return []
+    name, size_bytes = Deduplicated.of(resolved, embedded).kept, embedded.rows * vector_bytes(resolved)
+    if kept is not None:
+        return [StagePlan(KEPT, name, len(kept.embeddings), 0, 0, 0, "unchanged")]
+    return [StagePlan(KEPT, name, 0, len(embedded.embeddings), embedded.rows, size_bytes, "embeddings or rule changed")]
 
 
 def _passages_bytes(resolved: Resolved, store: Store, fragments: set[str]) -> int:

@@ -25,7 +25,7 @@ from penstock.operators.transforms import step_to_json
 from penstock.operators.vamana import svs_version
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
-from penstock.pipelines.planning import Chain, Resolved
+from penstock.pipelines.planning import ENCODED, Chain, Resolved
 
 FORMAT = "penstock-index/1"
 LINEAGE = "lineage.parquet"
@@ -134,6 +134,9 @@ def write_lineage(store: Store, folder: str, resolved: Resolved, chain: Chain) -
     passages = [fact.passages for fact in chain.facts]
     embeddings = sorted(chain.embeddings.values())
     stages = [PASSAGES] * len(passages) + [EMBEDDINGS] * len(embeddings)
+    if chain.encoded is not None:
+        encoded = sorted(chain.encoded.embeddings.values())
+        stages, embeddings = stages + [ENCODED] * len(encoded), embeddings + encoded
     table = pa.table({"stage": stages, "fragment": passages + embeddings})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)

@@ -36,7 +36,10 @@ from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.layout import (
     EMBEDDINGS,
     EVALUATION,
+    KEPT,
+    PAIRS,
     PASSAGES,
+    REMOVAL,
     SELECTION,
     dead_letter_path,
     fragment_path,
@@ -51,6 +54,7 @@ from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend
 from penstock.pipelines.building import Building, vectors_read
 from penstock.pipelines.config import TabularDocuments
+from penstock.pipelines.deduplicating import Deduplicating
 from penstock.pipelines.embedding_meter import EmbeddingMeter
 from penstock.pipelines.evaluating import Measurement
 from penstock.pipelines.gate import Check, failed, gate_checks
@@ -58,6 +62,7 @@ from penstock.pipelines.history import Status, new_run_id, write_dead_letters, w
 from penstock.pipelines.ledger import DOCUMENTS, StageEntry, check_sums, dropped_fraction, write_ledger
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
 from penstock.pipelines.planning import (
+    ENCODED,
     Chain,
     Embedded,
     FragmentFacts,
@@ -218,7 +223,7 @@ class Run:
     def tune(self, exhaustive: bool) -> dict[str, Any]:
         """All stages that end with vectors, then the measurement."""
         asked = self.resolved
-        embedded = self._vectors()[0]
+        embedded = self._deduplicated(self._vectors()[0])
         record = tune_index(self._session, self.resolved, embedded, self._store.url, self._reporter, exhaustive)
         if not asked.index_chosen:
             write_json(self._store, choice_path(self.resolved.choice_fingerprint(embedded.rows)), record)
@@ -237,32 +242,45 @@ class Run:
         self._write_stage_record(EMBEDDINGS, embedded.embeddings_fingerprint)
         return embedded, self._embeddings(embedded)
 
+    def _deduplicated(self, embedded: Embedded) -> Embedded:
+        """The embeddings that stay where duplicates by meaning are left out."""
+        if self.resolved.pipeline.deduplicate.type != "semantic":
+            return embedded
+        kept, entry = Deduplicating(self._session, self._store, self._reporter, self.resolved, embedded).run()
+        self._entries.append(entry)
+        return kept
+
     def _stages(self, lease: Lease, head: int) -> Report:
         """`head` is the alias entry that the plan started from: one that moved since makes publishing fail, not
         overwrite."""
         embedded, receipts = self._vectors()
+        embedded = self._deduplicated(embedded)
         self._choose_index(embedded)
         self._record["parameters"] = self.resolved.parameters
         chain = make_chain(self.resolved, embedded)
         for stage, stage_fingerprint in chain.stages(self.resolved).items():
-            self._write_stage_record(stage, stage_fingerprint)
+            kept = stage in (PAIRS, REMOVAL) or (stage == EMBEDDINGS and chain.encoded is not None)
+            if stage != ENCODED:  # which has its record since its first fragment
+                self._write_stage_record(stage, stage_fingerprint, of=KEPT if kept else stage)
         building = Building(self._session, self._store, self._reporter, self.resolved, chain)
         building.fit_transforms()
         building.train()
-        shards = building.build_shards(sum(receipt.rows_out for receipt in receipts))
+        vectors = sum(receipt.rows_out for receipt in receipts)
+        shards = building.build_shards(vectors if chain.encoded is None else chain.rows)
         self._entries += building.entries
         files = building.place_files()
         evaluation = self._evaluation(chain, shards, files)
-        lost_files = self._dead_letters(chain, receipts)
+        lost_files = self._dead_letters(chain.encoded or chain, receipts)
         check_sums(self._entries)
         return self._publish(lease, head, chain, shards, files, evaluation, lost_files)
 
-    def _write_stage_record(self, stage: str, stage_fingerprint: str) -> None:
-        """Say beside a stage's outputs what made them."""
+    def _write_stage_record(self, stage: str, stage_fingerprint: str, of: str = "") -> None:
+        """Say beside a stage's outputs what made them: its parameters, or those of another stage."""
         path = stage_record_path(stage, stage_fingerprint)
         if self._store.info(path) is None:
-            record = {"stage": stage, "fingerprint": stage_fingerprint, "parameters": self.resolved.parameters[stage]}
-            if stage == EMBEDDINGS and self._agreement is not None:
+            parameters = self.resolved.parameters[of or stage]
+            record = {"stage": stage, "fingerprint": stage_fingerprint, "parameters": parameters}
+            if (of or stage) == EMBEDDINGS and self._agreement is not None:
                 record["agreement"] = self._agreement
             write_json(self._store, path, record)
 
@@ -337,7 +355,7 @@ class Run:
                 fragments=tuple(names),
                 buckets=bucket_count(sum(receipt.passages for receipt in receipts)),
                 duplicate_ids=self._duplicate_policy(),
-                deduplicate=resolved.pipeline.deduplicate.type == "exact",
+                deduplicate=resolved.pipeline.deduplicate.type != "none",
             )
             losing = self._resolve_documents(job)
             advance(1, "document ids")
@@ -575,7 +593,7 @@ class Run:
         self._entries.append(vectors_read(EVALUATION, chain.rows, started, self.resolved))
         return record
 
-    def _dead_letters(self, chain: Chain, receipts: Sequence[Receipt]) -> int:
+    def _dead_letters(self, chain: Embedded, receipts: Sequence[Receipt]) -> int:
         passages = self.resolved.stage_fingerprint(PASSAGES)
         paths = [dead_letter_path(PASSAGES, passages, fact.passages) for fact in chain.facts if fact.dropped]
         paths += [
@@ -598,7 +616,9 @@ class Run:
         folder = self._catalog.version_folder(chain.version)
         shards = place_shards(self._store, folder, shards)
         rows = sum(shard.rows for shard in shards)
-        lost = sum(sum(entry.dropped.values()) for entry in self._entries if entry.stage == EMBEDDINGS)
+        lost = (
+            0 if chain.encoded else sum(sum(one.dropped.values()) for one in self._entries if one.stage == EMBEDDINGS)
+        )
         coverage = rows / (chain.rows - lost) if chain.rows > lost else 0.0
         dropped = dropped_fraction(self._entries)
         checks = gate_checks(self.resolved.pipeline, evaluation, coverage, dropped, lost_files)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, open_fragment, read_fragment, read_receipt, write_fragment
+from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.jobs.similarity import LEFT, RIGHT, SIMILARITY, stored_pairs
 from penstock.cluster.layout import PASSAGES, REMOVAL, fragment_path, stage_folder
 from penstock.cluster.node import connect
@@ -34,6 +35,7 @@ from penstock.operators.independent_set import (
 # Pairs of one bucket: about 150 bytes each while they are put in order.
 BUCKET_PAIRS = 4_000_000
 POSITION_DIGITS = 20
+PLACE_COLUMNS = ("passage_id", "source", "position")  # by which a selection names passages
 REMOVED_SCHEMA = pa.schema([("removed", pa.uint64()), ("kept", pa.uint64()), (SIMILARITY, pa.float32())])
 
 
@@ -43,7 +45,8 @@ class RemovalJob:
 
     Attributes:
         files: of pairs.
-        passages: the passages fragments of the rows, where the order of preference is read from a column.
+        passages: the passages fragments of the rows, where the order of preference is read from a column, and which of
+            them have `exclusions` by a selection.
         column: of passages, for Keep.COLUMN; `descending` prefers its largest values.
         seed: of Keep.RANDOM.
     """
@@ -56,6 +59,8 @@ class RemovalJob:
     buckets: int
     passages_fingerprint: str = ""
     passages: tuple[str, ...] = ()
+    selection_fingerprint: str = ""
+    exclusions: frozenset[str] = frozenset()
     column: str = ""
     descending: bool = False
     seed: int = 0
@@ -250,7 +255,12 @@ def _column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) ->
     tables = []
     for fragment in job.passages:
         path = fragment_path(PASSAGES, job.passages_fingerprint, fragment)
-        table = read_fragment(store, path, ["row_hash", *names]).replace_schema_metadata()
+        excluding = fragment in job.exclusions
+        known = dict.fromkeys([*(PLACE_COLUMNS if excluding else ()), *names])
+        table = read_fragment(store, path, ["row_hash", *known]).replace_schema_metadata()
+        if excluding:
+            table = kept_rows(store, table, job.selection_fingerprint, fragment)
+        table = table.select(["row_hash", *names])
         tables.append(table.filter(pa.array(np.isin(table.column("row_hash").to_numpy(), own))))
     found = pa.concat_tables(tables)
     hashes = found.column("row_hash").to_numpy()

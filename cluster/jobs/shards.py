@@ -4,18 +4,17 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.ipc
 
 from penstock.cluster.fragments import vectors_of
+from penstock.cluster.jobs.links import LINKS_SCHEMA, LinkSource, shard_links
 from penstock.cluster.jobs.placement import owners_path, read_owners, read_placed
-from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files
 from penstock.cluster.jobs.shard_rows import FragmentPair as FragmentPair
 from penstock.cluster.jobs.shard_rows import RowSource as RowSource
 from penstock.cluster.jobs.shard_rows import read_slices
@@ -24,10 +23,9 @@ from penstock.cluster.jobs.transforms import read_chain
 from penstock.cluster.layout import SHARDS, shard_file, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
-from penstock.operators.identity import row_hashes
 from penstock.operators.indexing import Family, IndexSpec, shard_builder
 from penstock.operators.routing import only_cells
-from penstock.operators.sharding import Sharding, shard_of, shard_range
+from penstock.operators.sharding import Sharding, shard_range
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
 from penstock.operators.vector_store import VectorWriter
 
@@ -75,6 +73,7 @@ class ShardJob:
         dimension: of the embeddings.
         sharding: what decides to which shard a row goes; with `cluster`, rows are placed before shards are built.
         transforms: fingerprint of the transforms before the index, if there are any.
+        kept_fingerprint: of the embeddings that deduplication by meaning left, if there was any.
         stored: codec of the vectors stored for re-ranking, or None.
     """
 
@@ -89,6 +88,7 @@ class ShardJob:
     stored: VectorCodec | None
     sharding: Sharding = Sharding.HASH
     transforms: str | None = None
+    kept_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,41 +178,15 @@ def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]
 
 
 def _write_duplicates(task: ShardTask, store: Store, folder: Path) -> int:
-    """Links of the passages that another one of this shard represents: id, document_id, represented_by."""
-    rows = 0
-    schema = pa.schema([("id", pa.string()), ("document_id", pa.string()), ("represented_by", pa.string())])
-    holds = _rows_held(task, folder)
-    with _ipc_writer(folder / shard_file(task.shard, DUPLICATES), schema) as writer:
-        for name in exclusion_files(store, task.job.source.selection_fingerprint):
-            with store.open(name) as stream:
-                for batch in pa.parquet.ParquetFile(stream).iter_batches(65_536):
-                    links = _links(pa.Table.from_batches([batch]), holds)
-                    writer.write_table(links.cast(schema))
-                    rows += links.num_rows
+    """Links of the passages that a row of this shard represents (LINKS_SCHEMA)."""
+    rows, job = 0, task.job
+    kept = tuple(pair.embeddings for pair in job.fragments) if job.kept_fingerprint else ()
+    source = LinkSource(job.source.selection_fingerprint, job.kept_fingerprint, kept)
+    with _ipc_writer(folder / shard_file(task.shard, DUPLICATES), LINKS_SCHEMA) as writer:
+        for links in shard_links(store, source, folder / shard_file(task.shard, IDS)):
+            writer.write_table(links)
+            rows += links.num_rows
     return rows
-
-
-def _rows_held(task: ShardTask, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Tells of row hashes, uint64 (n,), which are of rows of this shard."""
-    job = task.job
-    if job.sharding is Sharding.HASH:
-        return lambda hashes: shard_of(hashes, job.shards) == task.shard
-    with pa.ipc.open_file(pa.memory_map(str(folder / shard_file(task.shard, IDS)))) as ids:
-        batches = (ids.get_batch(number) for number in range(ids.num_record_batches))
-        own = [row_hashes(batch.column(0).to_pylist()) for batch in batches]
-    held = np.sort(np.concatenate([*own, np.empty(0, np.uint64)]))
-    return lambda hashes: np.isin(hashes, held)
-
-
-def _links(exclusions: pa.Table, holds: Callable[[np.ndarray], np.ndarray]) -> pa.Table:
-    """The links to passages of the shard."""
-    texts = exclusions.filter(pc.equal(exclusions.column("reason"), DUPLICATE_TEXT))
-    here = holds(row_hashes(texts.column("represented_by").to_pylist()))
-    return (
-        texts.filter(pa.array(here))
-        .select(["passage_id", "document_id", "represented_by"])
-        .rename_columns(["id", "document_id", "represented_by"])
-    )
 
 
 def _ipc_writer(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileWriter:

@@ -23,12 +23,13 @@ from penstock.cluster.fragments import (
     write_fragment,
 )
 from penstock.cluster.jobs.clustering import read_centroids
-from penstock.cluster.jobs.training import sample_vectors
+from penstock.cluster.jobs.sampling import sample_vectors
 from penstock.cluster.layout import EMBEDDINGS, PAIRS, REPLICAS, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
-from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth
+from penstock.operators.cell_sharing import share_cells
+from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth, similarity_histogram
 from penstock.operators.replication import Copies, copies_of
 from penstock.operators.sharding import hash_range
 from penstock.operators.similar_pairs import Join, Pairs, cell_pairs, graph_pairs, similar_pairs, unit_rows
@@ -40,6 +41,7 @@ JOIN_BYTES_PER_COMPONENT = 16
 # 20 bytes each, three times while they are sorted and written.
 PAIRS_PER_FILE = 4_000_000
 PREDICTED_ROWS = 8_192
+SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
 LEFT, RIGHT, SIMILARITY = "left", "right", "similarity"
 PAIR_SCHEMA = pa.schema([(LEFT, pa.uint64()), (RIGHT, pa.uint64()), (SIMILARITY, pa.float32())])
 
@@ -93,6 +95,32 @@ class RecallTask:
 
 
 @dataclass(frozen=True)
+class FactorTask:
+    """A join of which to predict the copies, over so many rows."""
+
+    job: JoinJob
+    rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class PartsTask:
+    """A join of so many rows, to be cut into parts."""
+
+    job: JoinJob
+    rows: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class HistogramTask:
+    root: str
+    files: tuple[str, ...]
+    floor: float
+    bins: int
+
+
+@dataclass(frozen=True)
 class PartRecord:
     """A joined part: its rows, the copies of rows of other parts, and the files of the pairs found."""
 
@@ -132,8 +160,31 @@ def affordable(join: Join, factor: float) -> Join:
     return Join.GRAPH if join is Join.EXACT and factor > MOST_COPIES else join
 
 
-def find_pairs(session: Session, job: JoinJob) -> list[PartRecord]:
-    """Replicates and joins what is not done yet; returns the record of each part."""
+def predict_factor(task: FactorTask) -> float:
+    """predicted_factor, as a task."""
+    return predicted_factor(task.job, task.rows, task.seed)
+
+
+def share_parts(task: PartsTask) -> tuple[int, ...]:
+    """The part of each cell: parts of about equal rows, of cells that lie near one another, so that few rows need
+    copies in other parts."""
+    job, store = task.job, connect(task.job.root)
+    paths = [fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment) for fragment in job.fragments]
+    centroids = read_centroids(store, job.centroids_fingerprint)
+    sample = unit_rows(sample_vectors(store, paths, task.rows, max(PREDICTED_ROWS, len(centroids)), 0))
+    near = np.argsort(-(sample @ centroids.T), axis=1, kind="stable")[:, :SHARED_CELLS]
+    shares = share_cells(centroids, np.bincount(near[:, 0], minlength=len(centroids)), task.parts, near)
+    return tuple(shares.shard_of_cell.tolist())
+
+
+def pair_histogram(task: HistogramTask) -> tuple[np.ndarray, np.ndarray]:
+    """similarity_histogram of all stored pairs of a join."""
+    parts = (table.column(SIMILARITY).to_numpy() for table in stored_pairs(connect(task.root), task.files, task.floor))
+    return similarity_histogram(parts, task.floor, task.bins)
+
+
+def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], None] | None = None) -> list[PartRecord]:
+    """Replicates and joins what is not done yet, telling of each part; returns the record of each."""
     store = connect(job.root)
     folder = stage_folder(REPLICAS, job.fingerprint)
     present = set(store.names(folder))
@@ -141,8 +192,13 @@ def find_pairs(session: Session, job: JoinJob) -> list[PartRecord]:
     for _ in session.stream(replicate, tasks):
         pass
     done = read_records(store, job)
+    found = list(done)
     missing = [PartTask(job, part) for part in range(job.parts) if part not in {record.part for record in done}]
-    return sorted([*done, *session.stream(join_part, missing)], key=lambda record: record.part)
+    for record in session.stream(join_part, missing):
+        found.append(record)
+        if on_part:
+            on_part(record)
+    return sorted(found, key=lambda record: record.part)
 
 
 def replicate(task: ReplicaTask) -> Receipt:

@@ -1,0 +1,96 @@
+"""Removed rows → embeddings without them, and the links of the removed ones, fragment by fragment."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from penstock.cluster.fragments import Receipt, Work, read_fragment, write_fragment
+from penstock.cluster.jobs.removal import RemovalJob, removed_rows
+from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
+from penstock.cluster.layout import EMBEDDINGS, KEPT, fragment_path
+from penstock.cluster.node import connect
+from penstock.cluster.storage import Store
+from penstock.operators.sharding import HASH_SPACE
+
+DUPLICATE_MEANING = "duplicate_meaning"
+LINK_SCHEMA = pa.schema(
+    [
+        ("row_hash", pa.uint64()),
+        ("id", pa.string()),
+        ("document_id", pa.string()),
+        ("kept_hash", pa.uint64()),
+        ("similarity", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class KeptJob:
+    """What all fragments share: where rows are, what goes, and the fingerprint of the embeddings that stay."""
+
+    source: RowSource
+    removal: RemovalJob
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class KeptTask:
+    """A fragment, and the name of what stays of it."""
+
+    job: KeptJob
+    pair: FragmentPair
+    name: str
+
+
+def links_path(fingerprint: str, fragment: str) -> str:
+    """The links (LINK_SCHEMA) of the rows of a fragment that went."""
+    return fragment_path(KEPT, fingerprint, fragment)
+
+
+def keep_rows(task: KeptTask) -> Work:
+    """Write the embeddings of a fragment that stay, and the links of those that go, which come first. Memory: the
+    fragment, and what goes of one bucket of rows."""
+    started = time.perf_counter()
+    job, store = task.job, connect(task.job.source.root)
+    embedded, passages = read_rows(store, job.source, task.pair, 0, HASH_SPACE - 1)
+    hashes = embedded.column("row_hash").to_numpy()
+    kept_hash, similarity = np.zeros(len(hashes), np.uint64), np.zeros(len(hashes), np.float32)
+    goes = np.zeros(len(hashes), bool)
+    for table in removed_rows(store, job.removal):
+        removed = table.column("removed").to_numpy()  # ascending
+        place = np.searchsorted(removed, hashes)
+        here = np.flatnonzero(place < len(removed))
+        here = here[removed[place[here]] == hashes[here]]
+        goes[here] = True
+        kept_hash[here] = table.column("kept").to_numpy()[place[here]]
+        similarity[here] = table.column("similarity").to_numpy()[place[here]]
+    links = pa.table(
+        [
+            pa.array(hashes[goes]),
+            embedded.column("passage_id").filter(pa.array(goes)),
+            passages.column("document_id").filter(pa.array(goes)),
+            pa.array(kept_hash[goes]),
+            pa.array(similarity[goes]),
+        ],
+        schema=LINK_SCHEMA,
+    )
+    write_fragment(store, links_path(job.fingerprint, task.name), links)
+    return _write_kept(store, task, embedded.filter(pa.array(~goes)), int(goes.sum()), started)
+
+
+def merged_links(store: Store, fingerprint: str, fragments: tuple[str, ...]) -> Iterator[pa.Table]:
+    """The links (LINK_SCHEMA) of all rows that went, fragment by fragment."""
+    for fragment in fragments:
+        yield read_fragment(store, links_path(fingerprint, fragment)).replace_schema_metadata()
+
+
+def _write_kept(store: Store, task: KeptTask, embedded: pa.Table, went: int, started: float) -> Work:
+    name = task.name
+    dropped = {DUPLICATE_MEANING: went} if went else {}
+    receipt = Receipt(name, embedded.num_rows + went, embedded.num_rows, dropped)
+    written = write_fragment(store, fragment_path(EMBEDDINGS, task.job.fingerprint, name), embedded, receipt)
+    busy_s = time.perf_counter() - started
+    return Work(receipt, busy_s=busy_s, bytes_read=embedded.nbytes, bytes_written=written)

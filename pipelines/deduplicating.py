@@ -1,0 +1,214 @@
+"""Deduplication by meaning: pairs of similar vectors, which of them stay, and the embeddings that are left."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
+from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
+from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
+from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
+from penstock.cluster.jobs.similarity import (
+    FactorTask,
+    HistogramTask,
+    JoinJob,
+    PartRecord,
+    PartsTask,
+    affordable,
+    find_pairs,
+    measured_recall,
+    pair_histogram,
+    parts_for,
+    predict_factor,
+    share_parts,
+)
+from penstock.cluster.layout import CENTROIDS, KEPT, PAIRS, PASSAGES, REMOVAL
+from penstock.cluster.session import Session
+from penstock.cluster.storage import Store
+from penstock.operators.clustering import ClusteringSpec
+from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
+from penstock.operators.similar_pairs import Join
+from penstock.pipelines.ledger import StageEntry
+from penstock.pipelines.planning import Deduplicated, Embedded, Resolved, deduplicated_of, kept_record_path
+from penstock.pipelines.progress import Reporter
+
+ROWS_PER_CELL = 500
+MOST_CELLS = 16_384
+JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies of one part
+RECALL_QUERIES = 300
+HISTOGRAM_BINS = 20
+
+
+@dataclass
+class Deduplicating:
+    """Does what is missing of the join, the choice and the embeddings that stay."""
+
+    session: Session
+    store: Store
+    reporter: Reporter
+    resolved: Resolved
+    embedded: Embedded
+
+    def run(self) -> tuple[Embedded, StageEntry]:
+        """The embeddings that stay, and the entry of the ledger."""
+        started = time.monotonic()
+        plan = Deduplicated.of(self.resolved, self.embedded)
+        done = deduplicated_of(self.resolved, self.embedded, self.store)
+        if done is None:
+            self._deduplicate(plan)
+            done = deduplicated_of(self.resolved, self.embedded, self.store)
+        if done is None:
+            raise FileNotFoundError(f"{kept_record_path(plan.kept)} was written and is gone; run again")
+        removed = json.loads(self.store.read(kept_record_path(plan.kept)))["removed"]
+        dropped = {DUPLICATE_MEANING: removed} if removed else {}
+        seconds = time.monotonic() - started
+        before = done.rows + removed
+        return done, StageEntry(KEPT, before, done.rows, dropped, len(done.embeddings), seconds=seconds)
+
+    def _deduplicate(self, plan: Deduplicated) -> None:
+        job, rows, factor = self._join_job(plan)
+        with self.reporter.stage(PAIRS, job.parts, "parts") as advance:
+            records = find_pairs(self.session, job, _counted(advance))
+        share = min(1.0, RECALL_QUERIES / max(rows, 1))
+        seed = self.resolved.pipeline.deduplicate.seed
+        with self.reporter.stage("pair recall", 1, "sample") as advance:
+            recall = measured_recall(self.session, job, records, share, seed)
+            advance(1, f"{recall.recall:.4f} of {recall.pairs:,} pairs")
+        removal = self._removal(plan, records)
+        with self.reporter.stage(REMOVAL, 1, "choice") as advance:
+            removed = remove_duplicates(self.session, removal)
+            advance(1, f"{removed:,} rows go")
+        kept = self._keep(plan, removal)
+        files = tuple(path for one in records for path in one.files)
+        counts, edges = self.session.run(pair_histogram, HistogramTask(job.root, files, job.floor, HISTOGRAM_BINS))
+        record: dict[str, Any] = {
+            "join": job.join.value,
+            "asked": plan.join.value,
+            "floor": job.floor,
+            "similarity": plan.similarity,
+            "parts": job.parts,
+            "copies": sum(one.copies for one in records),
+            "predicted_factor": round(factor, 4),
+            "pairs": sum(one.pairs for one in records),
+            "pair_recall": asdict(recall),
+            "removed": removed,
+            "rows": rows,
+            "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
+            "fragments": kept,
+        }
+        self.store.write(kept_record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
+
+    def _join_job(self, plan: Deduplicated) -> tuple[JoinJob, int, float]:
+        """The join to do, the rows there are, and how many rows it is predicted to store for each."""
+        embedded, dimension = self.embedded, self.resolved.encoder.dimension
+        fragments, rows = tuple(sorted(embedded.embeddings.values())), embedded.rows
+        job = JoinJob(
+            self.store.url,
+            plan.pairs,
+            embedded.embeddings_fingerprint,
+            plan.centroids,
+            fragments,
+            (0,),
+            plan.join,
+            plan.floor,
+        )
+        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES)
+        self._centroids(plan, fragments, rows, parts)
+        job = self._shared(job, rows, parts)
+        if parts == 1 or plan.join is not Join.EXACT:
+            return job, rows, 1.0
+        factor = self.session.run(predict_factor, FactorTask(job, rows, plan.seed))
+        join = affordable(plan.join, factor)
+        if join is not plan.join:
+            self.reporter.warn(
+                f"an exact join would store {factor:.1f} rows for each row; the graph join takes its place, which "
+                "misses some pairs: the report says how many"
+            )
+        return (
+            self._shared(replace(job, join=join), rows, parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor)),
+            rows,
+            factor,
+        )
+
+    def _shared(self, job: JoinJob, rows: int, parts: int) -> JoinJob:
+        if parts == 1:
+            return replace(job, part_of_cell=(0,) * _cells(rows, 1))
+        return replace(job, part_of_cell=self.session.run(share_parts, PartsTask(job, rows, parts)))
+
+    def _centroids(self, plan: Deduplicated, fragments: tuple[str, ...], rows: int, parts: int) -> None:
+        cells = _cells(rows, parts)
+        spec = ClusteringSpec(
+            cells,
+            self.resolved.encoder.dimension,
+            spherical=True,
+            training_rows=max(cells, min(rows, TRAINING_ROWS_PER_CENTROID * cells)),
+            seed=plan.seed,
+        )
+        job = ClusteringJob(self.store.url, plan.centroids, self.embedded.embeddings_fingerprint, fragments, rows, spec)
+        with self.reporter.stage(CENTROIDS, 1, "sample") as advance:
+            fit_centroids(self.session, job, lambda one: advance(1, f"{cells:,} cells of {one.rows:,} vectors"))
+
+    def _removal(self, plan: Deduplicated, records: list[PartRecord]) -> RemovalJob:
+        embedded, deduplicate = self.embedded, self.resolved.pipeline.deduplicate
+        kept = [fact for fact in embedded.facts if fact.passages in embedded.embeddings]
+        column, descending = deduplicate.keep_column()
+        return RemovalJob(
+            self.store.url,
+            plan.removal,
+            tuple(path for record in records for path in record.files),
+            plan.similarity,
+            deduplicate.keep_rule(),
+            buckets_for(sum(record.pairs for record in records)),
+            passages_fingerprint=self.resolved.stage_fingerprint(PASSAGES),
+            passages=tuple(sorted(fact.passages for fact in kept)),
+            selection_fingerprint=self.resolved.selection_fingerprint,
+            exclusions=frozenset(fact.passages for fact in kept if fact.kept < fact.passages_in),
+            column=column,
+            descending=descending,
+            seed=plan.seed,
+        )
+
+    def _keep(self, plan: Deduplicated, removal: RemovalJob) -> dict[str, int]:
+        """Embeddings that stay: passages fragment → rows."""
+        embedded = self.embedded
+        source = RowSource(
+            self.store.url,
+            self.resolved.stage_fingerprint(PASSAGES),
+            self.resolved.selection_fingerprint,
+            embedded.embeddings_fingerprint,
+        )
+        job = KeptJob(source, removal, plan.kept)
+        names = {
+            plan.fragment(name): fact.passages
+            for fact in embedded.facts
+            if (name := embedded.embeddings.get(fact.passages))
+        }
+        tasks = [
+            KeptTask(job, FragmentPair(fact.passages, name, fact.kept < fact.passages_in), plan.fragment(name))
+            for fact in embedded.facts
+            if (name := embedded.embeddings.get(fact.passages))
+        ]
+        rows: dict[str, int] = {}
+        with self.reporter.stage(KEPT, len(tasks), "fragments") as advance:
+            for work in self.session.stream(keep_rows, tasks):
+                rows[names[work.receipt.fragment]] = work.receipt.rows_out
+                advance(1, f"{sum(rows.values()):,} vectors stay")
+        return rows
+
+
+def _cells(rows: int, parts: int) -> int:
+    return max(1, min(rows, MOST_CELLS, max(8 * parts if parts > 1 else 1, rows // ROWS_PER_CELL)))
+
+
+def _counted(advance: Callable[[int, str], None]) -> Callable[[PartRecord], None]:
+    """Tells of each part as it is joined."""
+    found = 0
+
+    def tell(record: PartRecord) -> None:
+        nonlocal found
+        found += record.pairs
+        advance(1, f"{found:,} pairs")
+
+    return tell

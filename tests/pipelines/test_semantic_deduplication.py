@@ -1,0 +1,183 @@
+"""Deduplication by meaning from the pipeline file to a search, against a sequential choice over all pairs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.session import Session
+from penstock.cluster.storage import open_store
+from penstock.operators.identity import row_hashes
+from penstock.pipelines import Pipeline, open_index
+from penstock.pipelines.cleanup import collect_garbage
+from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.running import Report
+
+from .conftest import Workspace, read_ledger
+
+SIMILARITY = 0.93
+RULE = {"type": "semantic", "similarity": SIMILARITY, "keep": "longest"}
+
+
+def reworded(text: str) -> str:
+    """A text that says the same in a few other words."""
+    return text.replace("the ", "this ", 1).replace("Return", "Give back", 1).replace(".", " .", 1) + " Please note."
+
+
+@pytest.fixture(scope="module")
+def made(ray_session: Session, tmp_path_factory: pytest.TempPathFactory, real_texts: list[str]) -> Workspace:
+    """90 texts, 40 of them also in other words, 3 of them twice; tests work on copies."""
+    workspace = Workspace(tmp_path_factory.mktemp("meaning"), {"index": {"family": "flat", "shards": 2, "recall": 1.0}})
+    documents: list[dict[str, Any]] = [
+        {"id": f"d{number:03d}", "text": text, "topic": f"t{number % 3}"} for number, text in enumerate(real_texts[:90])
+    ]
+    again = [{"id": f"e{number:03d}", "text": reworded(real_texts[number]), "topic": "other"} for number in range(40)]
+    copies = [{**again[number], "id": f"f{number}"} for number in range(3)]
+    workspace.write("one.jsonl", documents[:50])
+    workspace.write("two.jsonl", [*documents[50:], *again, *copies])
+    run(workspace)
+    return workspace
+
+
+@pytest.fixture
+def workspace(made: Workspace, tmp_path: Path) -> Workspace:
+    shutil.copytree(made.folder, tmp_path / "copy")
+    return Workspace(tmp_path / "copy", made.settings)
+
+
+def run(workspace: Workspace, **rule: Any) -> Report:  # noqa: ANN401
+    report = workspace.pipeline(deduplicate={**RULE, **rule}).run()
+    assert report is not None
+    return report
+
+
+def encoded(root: Path) -> dict[str, tuple[np.ndarray, int]]:
+    """Passage id → vector and tokens of all passages that have a vector, deduplicated or not."""
+    vectors: dict[str, np.ndarray] = {}
+    for path in root.glob("stages/embeddings/*/*.parquet"):
+        table = pa.parquet.read_table(path)
+        for name, vector in zip(
+            table.column("passage_id").to_pylist(), table.column("embedding").to_pylist(), strict=True
+        ):
+            vectors[name] = np.array(vector, np.float32)
+    tokens: dict[str, int] = {}
+    for path in root.glob("stages/passages/*/*.parquet"):
+        table = pa.parquet.read_table(path, columns=["passage_id", "tokens"])
+        tokens |= dict(zip(table.column("passage_id").to_pylist(), table.column("tokens").to_pylist(), strict=True))
+    return {name: (vector / np.linalg.norm(vector), tokens[name]) for name, vector in vectors.items()}
+
+
+def expected(root: Path, similarity: float) -> set[str]:
+    """What stays when rows are decided one by one, the longest first, equals by their hash."""
+    rows = encoded(root)
+    names = sorted(rows, key=lambda name: (-rows[name][1], int(row_hashes([name])[0])))
+    kept: list[str] = []
+    for name in names:
+        if not kept or max(float(rows[name][0] @ rows[other][0]) for other in kept) < similarity:
+            kept.append(name)
+    return set(kept)
+
+
+def published(root: Path) -> set[str]:
+    catalog = Catalog(open_store(str(root)), "test")
+    entry = catalog.alias("live")
+    assert entry is not None
+    folder = root / "indexes/test/versions" / entry.version
+    return {
+        name
+        for path in sorted(folder.glob("*.ids.arrow"))
+        for name in pa.ipc.open_file(str(path)).read_all().column("id").to_pylist()
+    }
+
+
+def test_what_stays_is_what_a_choice_one_by_one_leaves(made: Workspace) -> None:
+    stays = published(made.root)
+    assert stays == expected(made.root, SIMILARITY) and 0 < len(stays) < len(encoded(made.root))
+    rows = encoded(made.root)
+    near = np.stack([rows[name][0] for name in sorted(stays)])
+    products = near @ near.T - np.eye(len(near), dtype=np.float32)
+    assert products.max() < SIMILARITY
+
+
+def test_every_passage_that_went_is_linked_to_a_twin_that_stays(made: Workspace) -> None:
+    stays, rows = published(made.root), encoded(made.root)
+    with open_index(str(made.root), "live") as index:
+        links = index.duplicates(sorted(stays)).to_pylist()
+    by_meaning = {link["id"]: link for link in links if link["similarity"] is not None}
+    same_text = {link["id"]: link for link in links if link["similarity"] is None}
+    assert set(by_meaning) == set(rows) - stays
+    for link in by_meaning.values():
+        assert link["represented_by"] in stays
+        measured = float(rows[link["id"]][0] @ rows[link["represented_by"]][0])
+        assert link["similarity"] == pytest.approx(measured, abs=1e-3) and link["similarity"] >= np.float32(SIMILARITY)
+    assert {name.partition("#")[0] for name in same_text} >= {"f0", "f1", "f2"}
+    assert {link["represented_by"] for link in same_text.values()} <= stays
+
+
+def test_the_record_and_the_ledger_say_what_went(made: Workspace) -> None:
+    (path,) = made.root.glob("stages/kept/*/kept.json")
+    record = json.loads(path.read_text())
+    rows, stays = encoded(made.root), published(made.root)
+    assert record["removed"] == len(rows) - len(stays) and sum(record["fragments"].values()) == len(stays)
+    assert record["join"] == "exact" and record["pair_recall"]["recall"] == 1.0 and record["pairs"] >= record["removed"]
+    assert sum(record["histogram"]["pairs"]) == record["pairs"]
+    ledger = read_ledger(made.root)["kept"]
+    assert ledger["dropped"] == {"duplicate_meaning": record["removed"]} and ledger["rows_in"] == len(rows)
+
+
+def test_another_threshold_joins_and_encodes_nothing_again(workspace: Workspace) -> None:
+    pairs = {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")}
+    report = run(workspace, similarity=0.97)
+    assert {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")} == pairs and pairs
+    assert published(workspace.root) == expected(workspace.root, 0.97)
+    assert next(entry for entry in report.entries if entry.stage == "embeddings").encoded == 0
+    plan = workspace.pipeline(deduplicate={**RULE, "similarity": 0.97}).plan()
+    assert plan.up_to_date and [stage.name for stage in plan.stages].count("kept") == 1
+
+
+@pytest.mark.parametrize(
+    "rule", [{"keep": "column:topic desc"}, {"keep": "first"}, {"keep": "densest"}, {"join": "cluster"}]
+)
+def test_other_rules_leave_no_two_rows_that_are_similar(workspace: Workspace, rule: dict[str, Any]) -> None:
+    run(workspace, **rule)
+    rows, stays = encoded(workspace.root), published(workspace.root)
+    near = np.stack([rows[name][0] for name in sorted(stays)])
+    assert (near @ near.T - np.eye(len(near), dtype=np.float32)).max() < SIMILARITY
+    for gone in set(rows) - stays:
+        assert (near @ rows[gone][0]).max() >= SIMILARITY - 1e-6
+    if rule.get("keep") == "column:topic desc":
+        assert not {name for name in set(rows) - stays if name.startswith("d") and f"e{name[1:]}" in stays}
+
+
+def test_cleaning_up_leaves_what_other_thresholds_need(workspace: Workspace) -> None:
+    for path in workspace.root.rglob("*"):
+        if path.is_file():
+            os.utime(path, (0, 0))
+    collect_garbage(open_store(str(workspace.root)), None, 1.0, dry_run=False)
+    report = run(workspace, similarity=0.96)
+    assert next(entry for entry in report.entries if entry.stage == "embeddings").encoded == 0
+    assert published(workspace.root) == expected(workspace.root, 0.96)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"type": "semantic", "similarity": 1.5}, "similarity"),
+        ({"type": "semantic", "similarity": 0.7}, "must be at least 0.8 for join exact"),
+        ({"type": "semantic", "keep": "best"}, "keep (best) must be one of longest"),
+        ({"type": "semantic", "keep": "column:year"}, "must name a column of documents.keep, which has: topic"),
+        ({"type": "semantic", "similarity": 0.9, "floor": 0.95}, "floor (0.95) must be at most similarity (0.9)"),
+        ({"type": "exact", "similarity": 0.9}, "similarity belongs to type semantic"),
+    ],
+)
+def test_what_cannot_be_is_refused(made: Workspace, rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineFileInvalid) as refused:
+        Pipeline.parse(yaml.safe_dump({**yaml.safe_load(made.yaml()), "deduplicate": rule})).plan()
+    assert message in str(refused.value)
