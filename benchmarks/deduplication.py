@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/deduplication.py --vectors FILE.npy
         [--rows 100000] [--rounds 3] [--scaling 25000 50000 ...] [--json]
 
-FILE.npy holds real vectors, floating point (n, d). Rows beyond those are copies with noise of the data's own covariance,
+FILE.npy holds real vectors, floating point (n, d). Rows beyond those are copies with noise of the data's covariance,
 each at a cosine of about 0.8 to its row. All sides take turns on one thread, `--rounds` times; the median of the CPU
 seconds counts. The truth is that of the blocked multiplication of all rows, checked in float64 as all sides are, and a
 side that finds a pair which is none ends the program. SemDeDup is k-means of faiss (20 iterations, at most 256 rows for
@@ -140,7 +140,7 @@ def cluster(cells: int) -> Find:
 
 
 def semhash() -> Find | None:
-    """Its index answers each row's similar rows; removed rows are what it is made for, so that its time alone counts."""
+    """It names rows to remove and not all pairs: its time alone counts."""
     try:
         library: Any = importlib.import_module("semhash")
     except ImportError:
