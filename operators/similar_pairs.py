@@ -46,6 +46,7 @@ BLOCK_ROWS = 128
 CHUNK_ROWS = 4_096
 # oneDNN compiles a kernel for each new shape, which takes longer than to multiply: shapes are padded to few.
 STEP_ROWS = 512
+FOLDS = 64
 GPU_ROWS = 16_384  # of blocks and chunks: 512 MiB of products
 CANDIDATES = 1 << 16
 GRAPH_LINKS = 32
@@ -304,18 +305,26 @@ def _reaching(products: torch.Tensor, threshold: float) -> _Places | None:
     import torch
 
     if products.device.type == "cpu" and products.dtype is torch.bfloat16 and threshold > 2 * ROUNDING:
-        # Positive floating point numbers are in the order of their bits, which are 4 times as fast to compare; the
-        # threshold is rounded once more.
-        bits = products.view(torch.int16).numpy()
+        # Positive floating point numbers are in the order of their bits, which are faster to compare; the threshold is
+        # rounded once more.
         least = int(torch.tensor(threshold - ROUNDING).to(torch.bfloat16).view(torch.int16))
-        if bits.max() < least:
-            return None
-        left, right = np.divmod(np.flatnonzero(bits >= least), bits.shape[1])  # 20 times as fast as np.nonzero
-        return left, right
+        return _reaching_bits(products.view(torch.int16).numpy(), least)
     if not bool(products.max() >= threshold):
         return None
     rows, columns = torch.nonzero(products >= threshold, as_tuple=True)
     return rows.cpu().numpy(), columns.cpu().numpy()
+
+
+def _reaching_bits(bits: np.ndarray, least: int) -> _Places | None:
+    """Where int16 (r, c), r a multiple of FOLDS, reach a value: first where the largest of FOLDS values do, which takes
+    a third of the time of comparing them all."""
+    folded = bits.reshape(FOLDS, -1)
+    some = np.flatnonzero(folded.max(axis=0) >= least)
+    if len(some) == 0:
+        return None
+    fold, place = np.nonzero(folded[:, some] >= least)
+    rows, columns = np.divmod(fold * folded.shape[1] + some[place], bits.shape[1])
+    return rows, columns
 
 
 def _filter_type(device: str) -> str:

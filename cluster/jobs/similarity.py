@@ -55,6 +55,7 @@ class JoinJob:
         floor: the least similarity of the pairs that are stored.
         standing: those of the fragments whose rows were joined with each other before: only pairs with a row of another
             fragment are looked for.
+        gone: files of an earlier removal: what they name does not take part any more.
     """
 
     root: str
@@ -66,6 +67,7 @@ class JoinJob:
     join: Join
     floor: float
     standing: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
 
     @property
     def parts(self) -> int:
@@ -210,7 +212,8 @@ def replicate(task: ReplicaTask) -> Receipt:
     """
     job, store = task.job, connect(task.job.root)
     path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
-    table = read_fragment(store, path, ["row_hash", "embedding"])
+    fragment = read_fragment(store, path, ["row_hash", "embedding"])
+    table = _without_gone(store, job, fragment)
     stored = vectors_of(table.column("embedding"))
     try:
         vectors = unit_rows(stored)
@@ -230,7 +233,8 @@ def replicate(task: ReplicaTask) -> Receipt:
             "embedding": vector_column(stored[row[order]]),
         }
     )
-    receipt = Receipt(task.fragment, len(stored), len(stored))
+    dropped = {"duplicate": fragment.num_rows - len(stored)} if job.gone else {}
+    receipt = Receipt(task.fragment, fragment.num_rows, len(stored), dropped)
     write_fragment(store, fragment_path(REPLICAS, job.fingerprint, task.fragment), replicas, receipt)
     return receipt
 
@@ -319,6 +323,14 @@ class _PartRows:
     def of(self, chosen: np.ndarray) -> "_PartRows":
         arrays = (self.hashes, self.vectors, self.native, self.standing, self.cell)
         return _PartRows(*(array[chosen] for array in arrays))
+
+
+def _without_gone(store: Store, job: JoinJob, table: pa.Table) -> pa.Table:
+    stays = np.ones(table.num_rows, bool)
+    hashes = table.column("row_hash").to_numpy()
+    for path in job.gone:
+        stays &= ~np.isin(hashes, read_fragment(store, path, ["removed"]).column("removed").to_numpy())
+    return table.filter(pa.array(stays))
 
 
 def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copies:

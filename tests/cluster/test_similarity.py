@@ -1,6 +1,7 @@
 """Joins and removal over fragments, parts and buckets: what one process finds and decides over all rows."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from penstock.cluster.fragments import Receipt, read_fragment, vector_column, write_fragment
+from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, vector_column, write_fragment
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
 from penstock.cluster.jobs.removal import (
     BucketTask,
@@ -265,6 +266,21 @@ def test_removal_goes_on_where_it_stopped(root: Path, session: Session) -> None:
     assert pa.concat_tables(tables[0]).equals(pa.concat_tables(tables[1]))
 
 
+def test_rows_that_are_gone_are_not_joined_again(root: Path) -> None:
+    removal = _removal(root, "earlier", Keep.RANDOM, 2)
+    remove_duplicates(_InProcess(), removal)
+    gone = {row for table in removed_rows(LocalStore(root), removal) for row in table.column("removed").to_pylist()}
+    files = tuple(fragment_path("removal", "earlier", f"removed-{bucket:05d}") for bucket in range(2))
+    job = replace(_job(root, "kept", standing=FRAGMENTS[:1]), gone=files)
+    find_pairs(_InProcess(), job)
+    _, hashes, _ = _corpus()
+    old = set(hashes[: FRAGMENT_ROWS[0]].tolist())
+    expected = {pair for pair in _expected() if not gone & set(pair) and not old >= set(pair)}
+    assert set(_by_hash(LocalStore(root), job)) == expected and expected
+    receipt = read_receipt(LocalStore(root), fragment_path("replicas", "kept", FRAGMENTS[0]))
+    assert receipt.rows_in == receipt.rows_out + receipt.dropped["duplicate"] > receipt.rows_out
+
+
 def test_no_pairs_remove_nothing(root: Path) -> None:
     job = _removal(root, "none", Keep.FIRST, 2, similarity=1.0)
     assert remove_duplicates(_InProcess(), job) == 0
@@ -274,7 +290,7 @@ def test_no_pairs_remove_nothing(root: Path) -> None:
 
 def test_rows_that_the_passages_lack_are_counted(root: Path) -> None:
     job = _removal(root, "lacking", Keep.LONGEST, 1)
-    job = RemovalJob(**{**job.__dict__, "passages": FRAGMENTS[:1]})
+    job = replace(job, passages=FRAGMENTS[:1])
     with pytest.raises(
         ValueError, match=r"passages \(\d+ of \d+ rows with pairs, \d+ in all\) must hold each row once"
     ):
