@@ -59,6 +59,7 @@ K = 10
 RECALL = 0.95
 SEED = 20_260_101
 NOISE_WORDS = 16_384  # two of them make the noise of a row: 134 million pairs
+TRAINING_ROWS = 65_536  # 64 for each of 1,024 lists; faiss takes 39 at least, 256 at most
 FRAGMENT_ROWS = 65_536  # as many passages of half a kilobyte as a fragment of 32 MiB holds
 NAME, ALIAS = "builds", "live"
 WORKERS = (1, 2)
@@ -89,10 +90,12 @@ BARS: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder with model, documents, queries, pipeline file and root, and the held-out queries float32 (q, d)."""
+    """A folder with model, documents, queries, pipeline file and root, and the held-out queries float32 (q, d),
+    and how many vectors rows are copies of."""
 
     folder: Path
     queries: np.ndarray
+    known: int
 
     @property
     def root(self) -> Path:
@@ -105,6 +108,10 @@ class Corpus:
 
 def prepare(options: argparse.Namespace, folder: Path) -> Corpus:
     """Model, documents and queries, unless the folder has them, and the pipeline file."""
+    if not options.vectors.exists():
+        raise SystemExit(
+            f"--vectors ({options.vectors}) must be a file of real vectors; index.py makes it, run it first"
+        )
     vectors = np.load(options.vectors, mmap_mode="r").astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     known = len(vectors) - options.queries
@@ -120,7 +127,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Corpus:
         lines = [json.dumps({"id": str(row), "text": f"t{row}"}) for row in range(known, len(vectors))]
         (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
         made.write_text(json.dumps(stated))
-    corpus = Corpus(folder, vectors[known:])
+    corpus = Corpus(folder, vectors[known:], known)
     corpus.file.write_text(pipeline_text(options, corpus))
     return corpus
 
@@ -688,7 +695,11 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     note(f"first run: {stage_text(first)}, evaluation {first.stage_s.get(EVALUATION, 0)}")
     with open_index(str(corpus.root), ALIAS) as index:
         manifest = index.manifest
-    found: dict[str, Any] = {"factory": manifest["faiss"]["factory"]}
+    found: dict[str, Any] = {
+        "factory": manifest["faiss"]["factory"],
+        "known": corpus.known,
+        "dimension": manifest["dimension"],
+    }
     vectors = read_vectors(corpus, options.rows) if {"gap", "routing"} & set(options.parts) else None
     for part in options.parts:
         started = time.perf_counter()
@@ -739,9 +750,8 @@ def all_met(found: dict[str, Any]) -> bool:
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['rows']:,} x {result['dimension']}: perturbed copies of real vectors (Gaussian noise of length "
-        f"{result['noise']:g}), {result['queries']} held-out real vectors as queries, k {K}, recall {RECALL}; "
-        f"{result['factory']} in {result['shards']} shards ({result['sharding']}); "
+        f"{result['rows']:,} x {result['dimension']}: {result['data']}, {result['queries']} held-out real vectors as "
+        f"queries, k {K}, recall {RECALL}; {result['factory']} in {result['shards']} shards ({result['sharding']}); "
         f"{result['machine']}, {result['date']}",
         "",
         "| figure | value | bar | |",
@@ -773,8 +783,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--nlist", type=int, default=1024)
     parser.add_argument("--opq", action="store_true")
-    parser.add_argument("--iterations", type=int, default=0, help="of k-means over all rows, after the sample")
-    parser.add_argument("--training-rows", type=int, default=262_144)
+    parser.add_argument("--iterations", type=int, default=2, help="of k-means over all rows, after the sample")
+    parser.add_argument("--training-rows", type=int, default=TRAINING_ROWS)
     parser.add_argument("--cold-queries", type=int, default=20)
     parser.add_argument("--work", type=Path, help="a folder that is kept, and used again by the next call")
     parser.add_argument("--json", action="store_true", help="print one last line of JSON")
@@ -797,7 +807,17 @@ def main() -> None:
         found = measure_parts(options, folder.resolve())
     stated = {name: getattr(options, name) for name in STATED}
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
-    result = {"date": date.today().isoformat(), "machine": machine, "dimension": 384, **stated, **found}
+    data = f"perturbed copies of {found['known']:,} real vectors (Gaussian noise of length {options.noise:g})"
+    if options.noise == 0 and options.rows <= found["known"]:
+        data = "real vectors"
+    result = {
+        "data": data,
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "dimension": found["dimension"],
+        **stated,
+        **found,
+    }
     sys.stdout.write(markdown(result) + "\n")
     if options.json:
         sys.stdout.write(json.dumps({**figures(found), **result}) + "\n")
