@@ -70,6 +70,7 @@ BLOCK_ROWS = 65_536
 GAP_COPIES = 4
 GAP_CANDIDATES = 100  # of all shards together; with 10 the luck of training decides, 0.4 points either way
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+FACTORS = (4, 8, 16)  # candidates of a shard, in multiples of K
 PROBES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 SEARCHED_FILES = (FAISS, IDS, VECTORS)  # of a shard: what a search without rows opens
 CHUNK_BYTES = 1 << 20
@@ -552,17 +553,17 @@ def measure_routing(corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarra
         "recall_reader": round(float(truth.hits(numbers).mean()), 4),
         "recall_manifest": manifest["evaluation"]["recall"],
         "operating_point": point_of(manifest),
-        "by_settings": sweep(files, truth, K * int(point_of(manifest).get("rerank_factor", 1))) if files.owners else [],
+        "by_settings": [row for factor in FACTORS for row in sweep(files, truth, factor)] if files.owners else [],
     }
 
 
-def sweep(files: IndexFiles, truth: Truth, count: int) -> list[dict[str, float]]:
+def sweep(files: IndexFiles, truth: Truth, factor: int) -> list[dict[str, float]]:
     """For each coverage the least nprobe that reaches the recall, which is no less than with more coverage, and how
-    many shards it touches; it ends where no nprobe does. Each shard gives `count` candidates."""
+    many shards it touches; it ends where no nprobe does. Each shard gives K * factor candidates."""
     probes, reached = iter(PROBES), []
     nprobe = next(probes)
     for coverage in COVERAGES:
-        while (row := recall_at(files, truth, nprobe, coverage, count))["recall"] < RECALL:
+        while (row := recall_at(files, truth, nprobe, coverage, factor))["recall"] < RECALL:
             nprobe = next(probes, 0)
             if not nprobe:
                 return reached
@@ -570,11 +571,12 @@ def sweep(files: IndexFiles, truth: Truth, count: int) -> list[dict[str, float]]
     return reached
 
 
-def recall_at(files: IndexFiles, truth: Truth, nprobe: int, coverage: float, count: int) -> dict[str, float]:
-    candidates = files.search(truth.queries, nprobe, coverage, count)
+def recall_at(files: IndexFiles, truth: Truth, nprobe: int, coverage: float, factor: int) -> dict[str, float]:
+    candidates = files.search(truth.queries, nprobe, coverage, K * factor)
     recall = float(truth.hits(truth.rerank(candidates.numbers)).mean())
     touched = round(candidates.touched, 3)
-    return {"coverage": coverage, "nprobe": nprobe, "recall": round(recall, 4), "shards": touched}
+    recall = round(recall, 4)
+    return {"rerank_factor": factor, "coverage": coverage, "nprobe": nprobe, "recall": recall, "shards": touched}
 
 
 # ---- part: cold
