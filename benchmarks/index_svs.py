@@ -3,12 +3,12 @@
     python benchmarks/index_svs.py --vectors FILE.npy [--rows 99000] [--queries 1000] [--codec CODEC] [--degree 64]
                                    [--window 200] [--rounds 5] [--json]
 
-FILE.npy holds real vectors, float32 or float16 (n, d); they are brought to length 1, and the last `--queries` of
-`--rows + --queries` are held out. One side is a shard built, written, opened and searched as a run and a reader do it, ids
-and all; the other is svs as its documentation has it, which answers with row numbers. Both build with one thread and the
-same parameters; for each the least search window of a sweep that reaches the recall is found; then they take turns, all
-queries as one batch on one thread, and the share is that of their CPU seconds. CODEC is by default lvq4x8, on CPUs that svs
-has no LVQ for fp16.
+FILE.npy holds real vectors, float32 or float16 (n, d); they are brought to length 1, and `--queries` behind the first
+`--rows` are held out. One side is a shard that is built, written, opened and searched as a run and a reader do it, ids
+and all, at the cheapest operating point that reaches the recall; the other is svs as its documentation has it, which
+answers with row numbers, at the least search window that does. Both build with one thread and the same parameters. They
+take turns, all queries as one batch on one thread, and the share is that of their CPU seconds. CODEC is by default
+lvq4x8, and fp16 on CPUs that svs has no LVQ for.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import svs
 
-from penstock.operators.evaluation import exact_neighbours
+from penstock.operators.evaluation import exact_neighbours, operating_points
 from penstock.operators.indexing import Codec, Family, IndexSpec, Metric, factory_string, open_shard, shard_builder
 from penstock.operators.searching import SearchParameters, ShardSearcher, normalize
 from penstock.operators.vamana import ALPHA, INTEL, LEANVEC_BITS, LVQ_BITS, VamanaLayout, cpu_vendor, svs_version
@@ -38,17 +38,18 @@ K = 10
 RECALL = 0.95
 LEAST_SHARE = 0.95
 BATCHES = 3  # of each side in a round: one takes some 50 ms
-WINDOWS = (10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 384, 512)
+WIDEST = 512
 
 Search = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclass
 class Side:
-    """An index; `search` takes queries and a window, and gives row numbers (q, K)."""
+    """An index; `search` takes queries and one of the ascending windows, and gives row numbers (q, K)."""
 
     name: str
     search: Search
+    windows: Sequence[int]
     build_s: float
     window: int = 0
     recall: float = 0.0
@@ -58,9 +59,7 @@ class Side:
 def load(path: Path, rows: int) -> np.ndarray:
     vectors = np.load(path, mmap_mode="r")
     if len(vectors) < rows:
-        raise SystemExit(
-            f"--vectors ({path}) holds {len(vectors)} rows; ask for fewer than --rows and --queries {rows}"
-        )
+        raise SystemExit(f"--vectors ({path}) holds {len(vectors)} rows; --rows and --queries ask for {rows}")
     return normalize(np.array(vectors[:rows], np.float32))
 
 
@@ -75,6 +74,7 @@ def ours(vectors: np.ndarray, spec: IndexSpec, folder: Path) -> Side:
     return Side(
         f"penstock, {spec.factory}",
         lambda queries, window: searcher.search(queries, K, SearchParameters(ef_search=window)).rows,
+        [point.ef_search or 0 for point in operating_points(spec, len(vectors), rerank=False)],
         build_s,
     )
 
@@ -100,7 +100,7 @@ def by_hand(vectors: np.ndarray, spec: IndexSpec, folder: Path) -> Side:
         found: np.ndarray = index.search(queries, K)[0]
         return found
 
-    return Side(f"svs by hand, {spec.factory}", search, build_s)
+    return Side(f"svs by hand, {spec.factory}", search, range(K, WIDEST + 1), build_s)
 
 
 def _compressed(loader: Any, layout: VamanaLayout) -> Any:  # noqa: ANN401 (svs has no types)
@@ -117,8 +117,9 @@ def widen(side: Side, queries: np.ndarray, truth: list[set[int]]) -> None:
     Raises:
         SystemExit: none does.
     """
-    for side.window in WINDOWS:
-        found = side.search(queries, side.window).astype(np.int64).tolist()
+    for window in side.windows:
+        side.window = window
+        found = side.search(queries, window).astype(np.int64).tolist()
         side.recall = float(np.mean([len(set(row) & real) / K for row, real in zip(found, truth, strict=True)]))
         if side.recall >= RECALL:
             return
@@ -168,8 +169,8 @@ def figures(side: Side, queries: int) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['rows']:,} x {result['dimension']} real vectors, {result['queries']} held-out queries in one batch, one "
-        f"thread, recall@{K} of {RECALL}, svs {result['svs']}; {result['machine']}, {result['date']}",
+        f"{result['rows']:,} x {result['dimension']} real vectors, {result['queries']} held-out queries in one batch, "
+        f"one thread, recall@{K} of {RECALL}, svs {result['svs']}; {result['machine']}, {result['date']}",
         "",
         "| index | recall | window | queries/CPU s | spread | build CPU s |",
         "|---|---|---|---|---|---|",

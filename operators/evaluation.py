@@ -21,6 +21,8 @@ RESCORED_VALUES = 2**21  # values of vectors summed again in float64 at once: 16
 # Two float32 sums of a product of unit vectors differ by a few 1e-7 for the order they are added in.
 TIE_TOLERANCE = 1e-6
 EF_SEARCH_GRID = (16, 32, 64, 128, 256, 512)
+# Of svs, whose searches start at narrower windows: steps of a tenth, then of a fifth, then wider.
+WINDOW_GRID = (10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128, 192, 256, 512)
 RERANK_GRID = (1, 2, 4, 8, 16, 32)
 TIE_ROOM = 10  # truth keeps so many neighbours more than k, to know which rows tie with the k-th
 # Shares of the weight of a query's cells, and multiples of the cells it needs, to try where shards own cells.
@@ -291,8 +293,10 @@ def _knobs(spec: IndexSpec, rows_per_shard: int) -> list[SearchParameters]:
     match spec.family:
         case Family.FLAT:
             return [SearchParameters()]
-        case Family.HNSW | Family.VAMANA:
+        case Family.HNSW:
             return [SearchParameters(ef_search=ef) for ef in _until_covering(EF_SEARCH_GRID, rows_per_shard)]
+        case Family.VAMANA:
+            return [SearchParameters(ef_search=ef) for ef in _until_covering(WINDOW_GRID, rows_per_shard)]
         case Family.IVF:
             lists = nlist_of(spec)
             powers = [2**power for power in range(lists.bit_length())]

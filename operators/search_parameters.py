@@ -111,4 +111,4 @@ def _inner_parameters(core: FaissObject, parameters: SearchParameters, selector:
 def _refuse_family(core: FaissObject, expected: tuple[type, ...], name: str, value: int | None) -> None:
     if value is not None and not isinstance(core, expected):
         owners = " and ".join(owner.__name__ for owner in expected)
-        raise ValueError(f"{name} ({value}) is no parameter of {type(core).__name__}; only {owners} have it")
+        raise ValueError(f"{name} ({value}) is no parameter of {type(core).__name__}, but of {owners}; leave it out")

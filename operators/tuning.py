@@ -1,167 +1,52 @@
-"""A budget in, an index configuration out: candidates are built and searched on a sample of the vectors.
+"""A budget in, an index configuration out: candidates are built and searched on samples of the vectors.
 
-First every candidate is built on a small part of the sample, and its seconds per query at the size of a shard are
-estimated from how its family scales; then the most promising are built and measured on the whole sample. Recall is
-against exact search of the same sample, at the operating point that reaches it with the least work.
+Small samples show which codes are fast, and how the time of each family grows with the rows; what promises most at the
+size of a shard is then built and measured on as many vectors. Recall is against exact search of the same sample, at the
+operating point that reaches it with the least work.
 """
 
 import math
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, assert_never
+from statistics import median
+from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
-import pyarrow as pa
-
-from penstock.operators.evaluation import TIE_ROOM, Neighbours, exact_neighbours, recall_at_k
+from penstock.operators.index_trials import Budget as Budget
+from penstock.operators.index_trials import Candidate as Candidate
+from penstock.operators.index_trials import Sample as Sample
+from penstock.operators.index_trials import Trial as Trial
+from penstock.operators.index_trials import groups as groups
+from penstock.operators.index_trials import make_sample as make_sample
+from penstock.operators.index_trials import measure as measure
 from penstock.operators.indexing import (
+    TRAINING_ROWS_PER_CENTROID,
     Codec,
     Family,
-    IndexSpec,
     Metric,
-    ShardBuilder,
     bytes_per_vector,
-    factory_string,
-    faiss_threads,
     fewest_training_rows,
-    nlist_of,
-    open_index,
-    requires_training,
-    train_index,
 )
-from penstock.operators.searching import SearchParameters, ShardSearcher, StoredVectors, VectorWriter, open_vectors
 
-SCREENING_ROWS = 10_000  # of the sample that all candidates are measured on
-FINALISTS = 4
-# A candidate is measured in full when its estimate is at most this many times the best one's.
-PROMISING = 2.5
-TIMED_ROUNDS = 3
-TIMED_SINGLE_QUERIES = 100
-RERANK_FACTORS = (1, 2, 4, 8, 16)
-# Widths of search (ef_search, nprobe) that are tried lie this factor apart: queries per second are known to 10 %.
-WIDTH_STEP = 1.15
-LEAST_EF, MOST_EF = 10, 1024
-BUILD_ROWS = 8192
-CENTROID_BYTES = 4.0  # of a component
-STORED_BYTES = 2.0  # of a component of a stored vector
+# Sizes of the sample on which candidates are screened; a size is left out where all there is is not WORTH_SCREENING
+# times as much.
+SCREENING_SIZES = (2_500, 10_000)
+WORTH_SCREENING = 2
+LINKS = (16, 32)
+# Lists per root of the rows. Queries of one batch share the lists that they scan, so that fewer are faster than the 4
+# of the faiss wiki: 28,000 queries/s with 0.5, 25,500 with 1, 19,900 with 4 (39,000 x 384, 4-bit PQ, re-ranked).
+LISTS_PER_ROOT_ROW = (1, 0.5, 2, 4)
+LEADERS = 2  # codes of each family that go on from the first sample
+FINALISTS = 3
+# What is estimated to be so many times slower than the best does not go on: after the first sample, after the second,
+# and after the second in another family than the best. From 10,000 rows for 39,000 the order within a family was
+# estimated to a tenth, that of families to a fifth.
+HOPELESS, CLOSE, CLOSE_FAMILY = 3.0, 1.1, 1.2
+LIST_STEP = 2  # numbers of lists or links that are further from those of a leader are measured exhaustively only
+# Powers of the rows between which the time in an index of a family grows; measured on the way, and kept within these.
+GROWTH_BOUNDS = {Family.FLAT: (1.0, 1.0), Family.IVF: (0.2, 0.7), Family.HNSW: (0.1, 0.5)}
 
-
-@dataclass(frozen=True)
-class Budget:
-    """What the user knows: recall at k, and at most so many index bytes a vector (stored vectors for re-ranking are
-    memory-mapped and do not count) and milliseconds for a single query on one thread."""
-
-    recall: float
-    k: int = 10
-    bytes_per_vector: float | None = None
-    latency_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An index configuration, but for what follows from the number of rows."""
-
-    family: Family
-    codec: Codec
-    rerank: bool
-    hnsw_m: int = 32
-    pq_bytes: int | None = None
-    rabitq_bits: int = 1
-    opq: bool = False
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "Candidate":
-        """The candidate of a trial's record."""
-        options = {name: record[name] for name in ("hnsw_m", "pq_bytes", "rabitq_bits", "opq") if name in record}
-        return cls(Family(record["family"]), Codec(record["codec"]), bool(record["rerank"]), **options)
-
-    def spec(self, dimension: int, metric: Metric, rows: int, seed: int, training_rows: int) -> IndexSpec:
-        """The index of a shard of `rows` vectors."""
-        factory = factory_string(
-            self.family,
-            self.codec,
-            dimension,
-            hnsw_m=self.hnsw_m,
-            rows=rows,
-            pq_bytes=self.pq_bytes,
-            rabitq_bits=self.rabitq_bits,
-            opq=self.opq,
-        )
-        return IndexSpec(self.family, self.codec, metric, dimension, factory, training_rows, seed)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate as measured on `rows` vectors at the operating point that reaches the recall with least work.
-
-    Queries are timed in one batch, `latency_ms` one by one, both on one thread; both figures are for a shard of
-    `shard_rows`, by how its family scales. `bytes_per_vector` is of the index file of a whole shard; stored vectors for
-    re-ranking are `rerank_bytes`.
-    """
-
-    candidate: Candidate
-    factory: str
-    rows: int
-    shard_rows: int
-    parameters: SearchParameters
-    recall: float
-    queries_per_s: float
-    latency_ms: float
-    bytes_per_vector: float
-    rerank_bytes: float
-    build_s: float
-
-    def meets(self, budget: Budget) -> bool:
-        """Whether all that the budget names holds."""
-        return not self.misses(budget)
-
-    def misses(self, budget: Budget) -> dict[str, float]:
-        """By how much, as a share, each unmet part of the budget is missed."""
-        over = {"recall": (budget.recall - self.recall) / budget.recall if budget.recall else 0.0}
-        if budget.bytes_per_vector is not None:
-            over["bytes_per_vector"] = self.bytes_per_vector / budget.bytes_per_vector - 1
-        if budget.latency_ms is not None:
-            over["latency_ms"] = self.latency_ms / budget.latency_ms - 1
-        return {name: share for name, share in over.items() if share > 0}
-
-    def to_json(self) -> dict[str, Any]:
-        candidate = {name: value for name, value in asdict(self.candidate).items() if value is not None}
-        figures = {
-            "recall": round(self.recall, 5),
-            "queries_per_s": round(self.queries_per_s, 1),
-            "latency_ms": round(self.latency_ms, 4),
-            "bytes_per_vector": round(self.bytes_per_vector, 1),
-            "rerank_bytes": round(self.rerank_bytes, 1),
-            "build_s": round(self.build_s, 3),
-        }
-        return {
-            **candidate,
-            "factory": self.factory,
-            "rows": self.rows,
-            "shard_rows": self.shard_rows,
-            "parameters": self.parameters.to_json(),
-        } | figures
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows of the corpus and held-out queries, float32 (n, d) and (q, d), with the exact neighbours of the latter."""
-
-    vectors: np.ndarray
-    queries: np.ndarray
-    truth: Neighbours
-    metric: Metric
-
-
-def make_sample(vectors: np.ndarray, queries: np.ndarray, metric: Metric, k: int) -> Sample:
-    """A sample with the exact neighbours of its queries."""
-    batch = [(_row_ids(len(vectors)), vectors)]
-    return Sample(
-        vectors, queries, exact_neighbours(queries, batch, k + TIE_ROOM, metric, [None] * len(queries)), metric
-    )
+T = TypeVar("T")
+Measure: TypeAlias = Callable[[Sequence[Candidate], int], Sequence[Trial]]
 
 
 @dataclass(frozen=True)
@@ -205,8 +90,8 @@ def candidates(
     """
     grid = [
         (one, _index_bytes(one, dimension, metric, rows, min(training_rows, rows)))
-        for one in _grid(dimension)
-        if _trainable(one, dimension, metric, sample_rows, training_rows)
+        for one in _grid(dimension, rows)
+        if _trainable(one, dimension, metric, sample_rows, training_rows, rows)
     ]
     limit = math.inf if budget.bytes_per_vector is None else budget.bytes_per_vector
     fit = [one for one, size in grid if size is not None and size <= limit]
@@ -219,40 +104,121 @@ def candidates(
     return fit
 
 
-def groups(grid: Sequence[Candidate]) -> list[tuple[Candidate, ...]]:
-    """Candidates that differ only in re-ranking share an index, and so are measured together."""
-    found: dict[Candidate, list[Candidate]] = {}
-    for one in grid:
-        found.setdefault(replace(one, rerank=False), []).append(one)
-    return [tuple(group) for group in found.values()]
+def search_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: Measure) -> Tuned:
+    """Screen the grid on samples of growing size, measure on `rows` vectors what promises most, and choose.
 
-
-def measure(
-    sample: Sample, group: Sequence[Candidate], budget: Budget, seed: int, training_rows: int, shard_rows: int
-) -> list[Trial]:
-    """Build one index of the whole sample and search it as a reader would, with and without re-ranking.
+    The first sample sees one candidate of each code, the next ones the best of these with their other numbers of lists
+    or links. How the time of each family grows with the rows is measured between two sizes.
 
     Args:
-        group: candidates with one index, as of `groups`.
-        shard_rows: the size of a shard, for which bytes are counted; at least the sample's.
-
-    Memory: the sample, the index, and what building it takes.
+        measure: trials of candidates on a sample of so many rows.
     """
-    with tempfile.TemporaryDirectory(prefix="penstock-tune-") as place:
-        built = _built(sample, group, seed, training_rows, Path(place))
-        with faiss_threads(1):
-            return [_trial(sample, one, budget, shard_rows) for one in built]
+    sizes = _screening_sizes(rows)
+    found: list[Sequence[Trial]] = []
+    remaining = list(representatives(grid)) if sizes else list(grid)
+    for number, size in enumerate(sizes):
+        found.append(measure(remaining, size))
+        estimates = estimated(found)
+        remaining = _with_variants(leaders(estimates, budget), grid) if number == 0 else finalists(estimates, budget)
+    trials = sorted(estimated([*found, measure(remaining, rows)]), key=lambda trial: -trial.queries_per_s)
+    screened = [trial for earlier in found for trial in earlier]
+    return Tuned(budget, choose(trials, budget), tuple(trials), tuple(screened))
 
 
-def finalists(screened: Sequence[Trial], budget: Budget) -> list[Candidate]:
-    """Of candidates measured on few rows, those that are worth measuring on many: with most queries per second in a
-    shard, if their bytes fit and they reach the recall (or, where none does, all the same)."""
-    fit = [trial for trial in screened if trial.meets(replace(budget, latency_ms=None))] or list(screened)
-    enough = max(trial.queries_per_s for trial in fit) / PROMISING
-    promising = sorted(
-        (trial for trial in fit if trial.queries_per_s >= enough), key=lambda trial: -trial.queries_per_s
-    )
-    return [trial.candidate for trial in promising[:FINALISTS]]
+def measure_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: Measure) -> Tuned:
+    """Measure every candidate in full, and choose."""
+    trials = sorted(measure(grid, rows), key=lambda trial: -trial.queries_per_s)
+    return Tuned(budget, choose(trials, budget), tuple(trials), ())
+
+
+def representatives(grid: Sequence[Candidate]) -> list[Candidate]:
+    """The first of those candidates that differ in numbers of lists or links alone."""
+    found: dict[Candidate, Candidate] = {}
+    for one in grid:
+        found.setdefault(_code(one), one)
+    return list(found.values())
+
+
+def estimated(rounds: Sequence[Sequence[Trial]]) -> list[Trial]:
+    """The trials of the last round for a whole shard, by the growth that was measured between the last two."""
+    last = list(rounds[-1])
+    powers = _growth(rounds[-2], last) if len(rounds) > 1 else {}
+    return [
+        trial.grown(powers[trial.candidate.family]) if trial.candidate.family in powers else trial for trial in last
+    ]
+
+
+def leaders(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
+    """Of candidates measured on few rows, the LEADERS fastest of each family that keep recall and bytes (or, where none
+    does, all the same): which family is the fastest, few rows do not tell."""
+    ranked = _within_reach(_ranked(estimates, budget), HOPELESS)
+    families = _unique(trial.candidate.family for trial in ranked)
+    return [
+        one for family in families for one in [t.candidate for t in ranked if t.candidate.family is family][:LEADERS]
+    ]
+
+
+def finalists(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
+    """The FINALISTS that are worth measuring in full, and the best of any other family that comes close."""
+    ranked = _ranked(estimates, budget)
+    close = _within_reach(ranked, CLOSE)[:FINALISTS]
+    best_of_family = {one.candidate.family: one for one in reversed(_within_reach(ranked, CLOSE_FAMILY))}
+    return _unique(one.candidate for one in (*close, *best_of_family.values()))
+
+
+def _within_reach(ranked: Sequence[Trial], factor: float) -> list[Trial]:
+    return [one for one in ranked if one.queries_per_s * factor >= ranked[0].queries_per_s]
+
+
+def _screening_sizes(rows: int) -> list[int]:
+    return [size for size in SCREENING_SIZES if size * WORTH_SCREENING <= rows]
+
+
+def _ranked(estimates: Sequence[Trial], budget: Budget) -> list[Trial]:
+    """Those that keep recall and bytes, else all; first those of the asked latency, which few rows tell roughly."""
+    fit = [trial for trial in estimates if trial.meets(replace(budget, latency_ms=None))] or list(estimates)
+    return sorted(fit, key=lambda trial: (not trial.meets(budget), -trial.queries_per_s))
+
+
+def _with_variants(chosen: Sequence[Candidate], grid: Sequence[Candidate]) -> list[Candidate]:
+    """The chosen, and for the first of each family what differs from it by a step in lists or links alone."""
+    first = {one.family: one for one in reversed(chosen)}
+    return _unique([*chosen, *(one for one in grid if one.family in first and _near(one, first[one.family]))])
+
+
+def _near(one: Candidate, other: Candidate) -> bool:
+    more, fewer = max(one.nlist or 1, other.nlist or 1), min(one.nlist or 1, other.nlist or 1)
+    return _code(one) == _code(other) and more <= LIST_STEP * (fewer + 1)
+
+
+def _code(one: Candidate) -> Candidate:
+    return replace(one, hnsw_m=LINKS[0], nlist=None)
+
+
+def _growth(earlier: Sequence[Trial], later: Sequence[Trial]) -> dict[Family, float]:
+    """For each family the power of the rows with which the time in an index grew, of the candidates in both rounds."""
+    before = {trial.candidate: trial for trial in earlier}
+    pairs = [(before[trial.candidate], trial) for trial in later if trial.candidate in before]
+    return {
+        family: _within(GROWTH_BOUNDS[family], median(_power(*pair) for pair in pairs if _family(pair) is family))
+        for family in _unique([_family(pair) for pair in pairs])
+    }
+
+
+def _family(pair: tuple[Trial, Trial]) -> Family:
+    return pair[0].candidate.family
+
+
+def _power(small: Trial, large: Trial) -> float:
+    return math.log(large.index_us / small.index_us) / math.log(large.rows / small.rows)
+
+
+def _within(bounds: tuple[float, float], value: float) -> float:
+    return min(max(value, bounds[0]), bounds[1])
+
+
+def _unique(values: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(values))
 
 
 def choose(trials: Sequence[Trial], budget: Budget) -> Trial:
@@ -273,190 +239,24 @@ def _dominates(a: Trial, b: Trial) -> bool:
     return all(x >= y for x, y in zip(*figures, strict=True)) and figures[0] != figures[1]
 
 
-@dataclass(frozen=True)
-class _Built:
-    """A candidate's index, opened as a reader opens it."""
-
-    candidate: Candidate
-    spec: IndexSpec
-    searcher: ShardSearcher
-    index_bytes: int
-    build_s: float
-
-
-def _built(sample: Sample, group: Sequence[Candidate], seed: int, training_rows: int, place: Path) -> Iterator[_Built]:
-    rows, dimension = sample.vectors.shape
-    spec = group[0].spec(dimension, sample.metric, rows, seed, training_rows)
-    path = place / "index.faiss"
-    started = time.perf_counter()
-    _build(spec, sample.vectors, path)
-    build_s = time.perf_counter() - started
-    index = open_index(path, spec.family)
-    for one in group:
-        stored = _stored(sample.vectors, place / "vectors.arrow") if one.rerank else None
-        searcher = ShardSearcher(index, _row_ids(rows), stored, sample.metric, 0)
-        yield _Built(one, spec, searcher, path.stat().st_size, build_s)
-
-
-def _trial(sample: Sample, built: _Built, budget: Budget, shard_rows: int) -> Trial:
-    point, recall = _operating_point(sample, built, budget)
-    queries_per_s, latency_ms = _timed(built.searcher, sample.queries, budget.k, point)
-    rows, dimension = sample.vectors.shape
-    growth = _growth(built.candidate.family, rows, shard_rows)
-    return Trial(
-        candidate=built.candidate,
-        factory=built.spec.factory,
-        rows=rows,
-        shard_rows=shard_rows,
-        parameters=point,
-        recall=recall,
-        queries_per_s=queries_per_s / growth,
-        latency_ms=latency_ms * growth,
-        bytes_per_vector=_bytes_in_shard(built, sample, shard_rows),
-        rerank_bytes=STORED_BYTES * dimension if built.candidate.rerank else 0.0,
-        build_s=built.build_s,
-    )
-
-
-def _bytes_in_shard(built: _Built, sample: Sample, shard_rows: int) -> float:
-    """Bytes per vector of a whole shard: what a row adds, and its part of what every index holds (centroids, code
-    books, rotation), of which centroids become more with the rows."""
-    rows, dimension = sample.vectors.shape
-    spec = built.candidate.spec(dimension, sample.metric, shard_rows, built.spec.seed, built.spec.training_rows)
-    whole: float = built.index_bytes - bytes_per_vector(built.spec, rows) * rows
-    more_centroids = (nlist_of(spec) - nlist_of(built.spec)) * CENTROID_BYTES * dimension
-    return float(bytes_per_vector(spec, shard_rows) + (whole + more_centroids) / shard_rows)
-
-
-def _operating_point(sample: Sample, built: _Built, budget: Budget) -> tuple[SearchParameters, float]:
-    """The fastest point that reaches the recall, else the one with the highest recall. For each factor of re-ranking,
-    the least width of search that suffices is found by bisection: recall grows with the width."""
-    reached: list[tuple[float, SearchParameters, float]] = []
-    missed: list[tuple[float, SearchParameters]] = []
-    for factor in RERANK_FACTORS if built.candidate.rerank else RERANK_FACTORS[:1]:
-        widths = _widths(built.spec, len(sample.vectors), factor)
-        point, recall = _narrowest(sample, built, budget, widths)
-        if recall < budget.recall:
-            missed.append((recall, point))
-            continue
-        started = time.perf_counter()
-        built.searcher.search(sample.queries, budget.k, point)
-        reached.append((time.perf_counter() - started, point, recall))
-    if reached:
-        _, point, recall = min(reached, key=lambda one: one[0])
-        return point, recall
-    recall, point = max(missed, key=lambda one: one[0])
-    return point, recall
-
-
-def _narrowest(
-    sample: Sample, built: _Built, budget: Budget, widths: Sequence[SearchParameters]
-) -> tuple[SearchParameters, float]:
-    """The first of ascending widths that reaches the recall, and its recall; the last where none does."""
-    low, high = 0, len(widths) - 1
-    recall = _recall(sample, built, budget.k, widths[high])
-    while low < high and recall >= budget.recall:
-        middle = (low + high) // 2
-        found = _recall(sample, built, budget.k, widths[middle])
-        if found >= budget.recall:
-            high, recall = middle, found
-        else:
-            low = middle + 1
-    return widths[high], recall
-
-
-def _recall(sample: Sample, built: _Built, k: int, point: SearchParameters) -> float:
-    hits = built.searcher.search(sample.queries, k, point)
-    exact = hits.similarities if built.candidate.rerank else None
-    return float(np.nanmean(recall_at_k(hits.ids, sample.truth, k, exact)))
-
-
-def _timed(searcher: ShardSearcher, queries: np.ndarray, k: int, point: SearchParameters) -> tuple[float, float]:
-    """Queries per second of a batch, and milliseconds of a single query: medians."""
-    batch_s, single_s = [], []
-    for _ in range(TIMED_ROUNDS):
-        started = time.perf_counter()
-        searcher.search(queries, k, point)
-        batch_s.append(time.perf_counter() - started)
-    for query in queries[:TIMED_SINGLE_QUERIES]:
-        started = time.perf_counter()
-        searcher.search(query[None, :], k, point)
-        single_s.append(time.perf_counter() - started)
-    return len(queries) / float(np.median(batch_s)), 1000 * float(np.median(single_s))
-
-
-def _widths(spec: IndexSpec, rows: int, factor: int) -> list[SearchParameters]:
-    """Search parameters from narrow to wide: ef_search or nprobe in steps of about WIDTH_STEP, up to all there is."""
-    match spec.family:
-        case Family.FLAT:
-            return [SearchParameters(rerank_factor=factor)]
-        case Family.HNSW | Family.VAMANA:
-            most = max(LEAST_EF, min(MOST_EF, rows))
-            return [SearchParameters(ef_search=ef, rerank_factor=factor) for ef in _steps(LEAST_EF, most)]
-        case Family.IVF:
-            most = max(1, nlist_of(spec) // 2)
-            return [SearchParameters(nprobe=nprobe, rerank_factor=factor) for nprobe in _steps(1, most)]
-        case _:
-            assert_never(spec.family)
-
-
-def _steps(first: int, last: int) -> list[int]:
-    found = [first]
-    while found[-1] < last:
-        found.append(min(last, max(found[-1] + 1, round(found[-1] * WIDTH_STEP))))
-    return found
-
-
-def _build(spec: IndexSpec, vectors: np.ndarray, path: Path) -> None:
-    """A shard of all the vectors, as a run builds one."""
-    trained = train_index(spec, vectors[: spec.training_rows] if requires_training(spec) else vectors[:0])
-    builder = ShardBuilder(trained)
-    for first in range(0, len(vectors), BUILD_ROWS):
-        builder.add(vectors[first : first + BUILD_ROWS])
-    builder.write(path)
-
-
-def _stored(vectors: np.ndarray, path: Path) -> StoredVectors:
-    with VectorWriter(path, vectors.shape[1], np.float16) as writer:
-        for first in range(0, len(vectors), BUILD_ROWS):
-            writer.add(vectors[first : first + BUILD_ROWS])
-    return open_vectors(path)
-
-
-def _row_ids(rows: int) -> pa.Array:
-    return pa.array([f"row-{row:09d}" for row in range(rows)], pa.string())
-
-
-def _growth(family: Family, rows: int, larger: int) -> float:
-    """How many times longer a query takes in `larger` rows: all of them are compared, about their root of the lists'
-    (nlist grows with the root of the rows), or a number that grows with the logarithm."""
-    rows, larger = max(rows, 2), max(larger, 2)
-    match family:
-        case Family.FLAT:
-            return larger / rows
-        case Family.IVF:
-            return math.sqrt(larger / rows)
-        case Family.HNSW | Family.VAMANA:
-            return math.log(larger) / math.log(rows)
-        case _:
-            assert_never(family)
-
-
-def _grid(dimension: int) -> list[Candidate]:
-    """Families x codecs x re-ranking, as far as each can be the best for some budget: of two that take the same bytes,
-    only the one that measured faster."""
-    exact = [(Codec.NONE, False), (Codec.FP16, False), (Codec.SQ8, True)]
+def _grid(dimension: int, rows: int) -> list[Candidate]:
+    """Families x codecs x lists x re-ranking, as far as each can be the best for some budget: of two that take the same
+    bytes, only the one that measured faster."""
+    eighth = dimension // 8
+    grid = [Candidate(Family.FLAT, codec, False) for codec in (Codec.NONE, Codec.FP16)]
+    grid += [Candidate(Family.FLAT, Codec.PQFS, True, pq_bytes=eighth)]
     graphs = [(Codec.NONE, False), (Codec.SQ8, False), (Codec.SQ8, True), (Codec.SQ4, True)]
-    lists = [(Codec.NONE, False), (Codec.SQ8, False), (Codec.SQ8, True), (Codec.SQ4, True)]
-    grid = [Candidate(Family.FLAT, codec, rerank) for codec, rerank in exact]
-    grid += [Candidate(Family.HNSW, codec, rerank, hnsw_m=links) for links in (16, 32) for codec, rerank in graphs]
-    grid += [Candidate(Family.IVF, codec, rerank) for codec, rerank in lists]
-    for size in (dimension // 16, dimension // 8, dimension // 4):
-        grid += [Candidate(Family.IVF, Codec.PQFS, True, pq_bytes=size)]
-    grid += [Candidate(Family.IVF, Codec.PQFS, True, pq_bytes=dimension // 8, opq=True)]
-    for bits in (1, 2, 4):
-        grid += [Candidate(Family.IVF, Codec.RABITQFS, True, rabitq_bits=bits)]
-    return [*grid, Candidate(Family.IVF, Codec.RABITQFS, False, rabitq_bits=4)]
+    grid += [Candidate(Family.HNSW, codec, rerank, hnsw_m=links) for links in LINKS for codec, rerank in graphs]
+    for nlist in [_lists(rows, per_root_row) for per_root_row in LISTS_PER_ROOT_ROW]:
+        grid += [Candidate(Family.IVF, codec, rerank, nlist=nlist) for codec, rerank in graphs]
+        sizes = (eighth // 2, eighth, 2 * eighth)
+        grid += [Candidate(Family.IVF, Codec.PQFS, True, pq_bytes=size, nlist=nlist) for size in sizes]
+        grid += [Candidate(Family.IVF, Codec.RABITQFS, True, nlist=nlist)]
+    return _unique(grid)
+
+
+def _lists(rows: int, per_root_row: float) -> int:
+    return max(1, min(round(per_root_row * math.sqrt(rows)), rows // TRAINING_ROWS_PER_CENTROID))
 
 
 def _index_bytes(one: Candidate, dimension: int, metric: Metric, rows: int, training_rows: int) -> float | None:
@@ -467,10 +267,11 @@ def _index_bytes(one: Candidate, dimension: int, metric: Metric, rows: int, trai
         return None
 
 
-def _trainable(one: Candidate, dimension: int, metric: Metric, rows: int, training_rows: int) -> bool:
+def _trainable(one: Candidate, dimension: int, metric: Metric, rows: int, training_rows: int, shard_rows: int) -> bool:
     """Whether so many rows train the index that they get."""
     try:
-        spec = one.spec(dimension, metric, rows, 0, min(training_rows, rows))
+        small = one.of_sample(rows, max(rows, shard_rows))
+        spec = small.spec(dimension, metric, rows, 0, min(training_rows, rows))
     except ValueError:
         return False
     return fewest_training_rows(spec) <= min(training_rows, rows)

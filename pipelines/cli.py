@@ -166,8 +166,10 @@ def tune(
 ) -> None:
     """Measure index configurations on the corpus and show which keep the budget; the next run builds the chosen one."""
     record = Pipeline.load(file, set_ or ()).tune(choose_reporter(json_), exhaustive)
-    if plot is not None and record.get("trials"):
+    if plot is not None and "trials" in record:
         plot.write_text(tuning_svg(record))
+    elif plot is not None:
+        sys.stderr.write(f"--plot ({plot}) is not written: nothing was measured, as {record['why']}\n")
     _output(json_, {"event": "tuning", **record}, lambda: print_view(tuning_view(record)))
     if not record["met"]:
         sys.stderr.write(f"{unmet(record)}\n")

@@ -53,7 +53,7 @@ from penstock.operators.models import ModelCard, ModelUnavailable, read_model_ca
 from penstock.operators.searching import SearchParameters
 from penstock.operators.sharding import Sharding
 from penstock.operators.transforms import metric_after, output_dimension, step_to_json
-from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, candidates
+from penstock.operators.tuning import SCREENING_SIZES, Budget, Candidate, candidates
 from penstock.operators.vamana import svs_version
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
 from penstock.pipelines.config import PipelineFile
@@ -67,7 +67,7 @@ TRAINING_VERSION = 1
 SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
 TUNING = "tuning"
-TUNING_VERSION = 1
+TUNING_VERSION = 2
 HELD_OUT_QUERIES = 500
 LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
 LARGE_SHARD = 1_000_000  # rows: no configuration takes fewer bytes per vector in a smaller one
@@ -141,7 +141,9 @@ class Resolved:
         if chosen.family is Family.HNSW:
             options["hnsw_m"] = chosen.hnsw_m
         if chosen.codec in OPQ_CODECS:
-            options |= {"pq_bytes": chosen.pq_bytes, "opq": chosen.opq}
+            options["pq_bytes"] = chosen.pq_bytes
+        if chosen.family is Family.IVF:
+            options["nlist"] = chosen.nlist
         if chosen.codec in ROTATED_CODECS:
             options["rabitq_bits"] = chosen.rabitq_bits
         index = self.pipeline.index.model_copy(update=options)
@@ -581,7 +583,7 @@ def index_candidates(resolved: Resolved, rows: int) -> list[Candidate]:
     if rows < LEAST_ROWS:
         return []
     whole = searched_rows(resolved, rows)
-    sample = max(1, min(SCREENING_ROWS, whole, rows - held_out_rows(rows)))
+    sample = max(1, min(SCREENING_SIZES[0], whole, rows - held_out_rows(rows)))
     training_rows = resolved.pipeline.index.training_rows
     dimension, metric = resolved.encoder.dimension, resolved.metric
     found = candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
@@ -775,7 +777,8 @@ def decided_before(resolved: Resolved, store: Store) -> Resolved:
 
 
 def chosen_before(resolved: Resolved, store: Store, rows: int) -> Resolved:
-    """With the index that an earlier run on this root chose for such vectors and such a size."""
+    """With the index that an earlier run on this root chose for such vectors and such a size, unless they have become
+    too few to train it."""
     if resolved.index_chosen:
         return resolved
     try:
@@ -784,7 +787,8 @@ def chosen_before(resolved: Resolved, store: Store, rows: int) -> Resolved:
         return resolved
     chosen = record["chosen"]
     point = SearchParameters.from_json(chosen["parameters"]) if "parameters" in chosen else None
-    return resolved.with_index(Candidate.from_json(chosen), point)
+    found = resolved.with_index(Candidate.from_json(chosen), point)
+    return found if is_trainable(found, rows) else resolved
 
 
 def choice_path(choice_fingerprint: str) -> str:
@@ -951,6 +955,12 @@ def _why(stage: str, resolved: Resolved, past: PastRun | None, todo: bool, other
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 24 else text[:12] + "…"
+
+
+def is_trainable(resolved: Resolved, rows: int) -> bool:
+    """Whether so many passages train the index."""
+    spec = index_spec(resolved, rows)
+    return min(rows, spec.training_rows) >= max(1, fewest_training_rows(spec))
 
 
 def check_trainable(resolved: Resolved, rows: int, origin: Origin) -> None:

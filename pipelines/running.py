@@ -454,7 +454,10 @@ class Run:
         resolved = chosen_before(self.resolved, self._store, embedded.rows)
         path = choice_path(self.resolved.choice_fingerprint(embedded.rows))
         if not resolved.index_chosen:
-            self._create(path, tune_index(self._session, resolved, embedded, self._store.url, self._reporter))
+            # Not only created: a choice that the corpus has become too small to train is replaced.
+            write_json(
+                self._store, path, tune_index(self._session, resolved, embedded, self._store.url, self._reporter)
+            )
             resolved = chosen_before(resolved, self._store, embedded.rows)
         if not self.resolved.index_chosen:
             self._tuning = read_json(self._store, path)

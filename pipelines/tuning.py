@@ -1,6 +1,7 @@
 """Choose the index by measurement: which configuration keeps what the file asks for, at the least cost."""
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ from penstock.cluster.jobs.evaluation import EncodeQueriesTask, encode_queries
 from penstock.cluster.jobs.tuning import TuningJob, TuningTask, measure_candidates
 from penstock.cluster.session import Session
 from penstock.operators.indexing import Codec, Family
-from penstock.operators.tuning import SCREENING_ROWS, Budget, Candidate, Trial, Tuned, choose, finalists, groups
+from penstock.operators.tuning import Budget, Candidate, Trial, choose, groups, measure_grid, search_grid
 from penstock.pipelines.planning import (
     Embedded,
     Resolved,
@@ -24,6 +25,7 @@ from penstock.pipelines.progress import Reporter
 # Exact search of so few rows takes a fraction of a millisecond: no measurement could find a better index.
 EXACT_ROWS = 2_000
 SAMPLE_ROWS = 100_000
+GROUPS_PER_TASK = 4  # indexes that are measured one after the other on one reading of the sample
 
 
 def tune_index(
@@ -48,14 +50,13 @@ def tune_index(
         only = {"family": exact.family.value, "codec": exact.codec.value, "rerank": exact.rerank}
         return _stamp({"met": True, "chosen": only, "why": f"{rows} vectors a shard are searched exactly"})
     job = _job(session, resolved, embedded, root, budget)
-    screening, full = min(SCREENING_ROWS, rows), min(SAMPLE_ROWS, rows)
     cpus = _measuring_cpus(session)
-    screened = [] if exhaustive else _measure(session, job, grid, screening, reporter, cpus)
-    trials = screened
-    if full > screening or exhaustive:
-        promising = grid if exhaustive else finalists(screened, budget)
-        trials = _measure(session, job, promising, full, reporter, cpus)
-    return _stamp(Tuned(budget, choose(trials, budget), tuple(trials), tuple(screened)).to_json())
+
+    def measure(some: Sequence[Candidate], size: int) -> Sequence[Trial]:
+        return _measure(session, job, some, size, reporter, cpus)
+
+    search = measure_grid if exhaustive else search_grid
+    return _stamp(search(grid, min(SAMPLE_ROWS, rows), budget, measure).to_json())
 
 
 def unmet(record: dict[str, Any]) -> str:
@@ -95,9 +96,13 @@ def _job(session: Session, resolved: Resolved, embedded: Embedded, root: str, bu
 
 
 def _measure(
-    session: Session, job: TuningJob, grid: list[Candidate], rows: int, reporter: Reporter, cpus: float
+    session: Session, job: TuningJob, grid: Sequence[Candidate], rows: int, reporter: Reporter, cpus: float
 ) -> list[Trial]:
-    tasks = [TuningTask(job, rows, group) for group in groups(grid)]
+    shared = groups(grid)
+    tasks = [
+        TuningTask(job, rows, tuple(shared[first : first + GROUPS_PER_TASK]))
+        for first in range(0, len(shared), GROUPS_PER_TASK)
+    ]
     trials: list[Trial] = []
     with reporter.stage(f"tuning on {rows:,}", len(grid), "configurations") as advance:
         for found in session.stream(measure_candidates, tasks, cpus=cpus):

@@ -32,15 +32,15 @@ class TuningJob:
 
 @dataclass(frozen=True)
 class TuningTask:
-    """Candidates with one index, to measure on `sample_rows` vectors."""
+    """Candidates to measure on `sample_rows` vectors, those with one index together."""
 
     job: TuningJob
     sample_rows: int
-    group: tuple[Candidate, ...]
+    groups: tuple[tuple[Candidate, ...], ...]
 
 
 def measure_candidates(task: TuningTask) -> Sequence[Trial]:
-    """Read the sample, build the index, search it; on one thread. Memory: the sample twice, and the index."""
+    """Read the sample, build each index, search it; on one thread. Memory: the sample twice, and one index."""
     job = task.job
     held_out = job.held_out if job.queries is None else 0
     paths = [fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment) for fragment in job.fragments]
@@ -52,4 +52,7 @@ def measure_candidates(task: TuningTask) -> Sequence[Trial]:
         queries, vectors = vectors[:held_out], vectors[held_out:]
     sample = make_sample(vectors, queries, job.metric, job.budget.k)
     shard_rows = max(job.shard_rows, len(vectors))
-    return measure(sample, task.group, job.budget, job.seed, job.training_rows, shard_rows)
+    trials: list[Trial] = []
+    for group in task.groups:
+        trials += measure(sample, group, job.budget, job.seed, job.training_rows, shard_rows)
+    return trials

@@ -1,24 +1,34 @@
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from penstock.operators.index_trials import usual_growth
 from penstock.operators.indexing import Codec, Family, Metric
 from penstock.operators.searching import SearchParameters
 from penstock.operators.tuning import (
+    CLOSE_FAMILY,
     FINALISTS,
+    HOPELESS,
+    LEADERS,
+    SCREENING_SIZES,
     Budget,
     Candidate,
     Sample,
     Trial,
-    _growth,
     candidates,
     choose,
+    estimated,
     finalists,
     groups,
+    leaders,
     make_sample,
     measure,
+    measure_grid,
     pareto,
+    representatives,
+    search_grid,
 )
 
 DIMENSION = 32
@@ -41,9 +51,11 @@ def sample() -> Sample:
     return make_sample(unit(2500, 2), unit(60, 3), Metric.COSINE, 10)
 
 
-def trial(candidate: Candidate = FLAT, **figures: float) -> Trial:
+def trial(candidate: Candidate = FLAT, rows: int = 1000, shard_rows: int = 1000, **figures: float) -> Trial:
     values = {"recall": 0.95, "queries_per_s": 1000.0, "latency_ms": 1.0, "bytes_per_vector": 100.0} | figures
-    return Trial(candidate, "Flat", 1000, 1000, SearchParameters(), rerank_bytes=0.0, build_s=1.0, **values)
+    query_us = 1e6 / values["queries_per_s"]
+    values = {"shard_recall": values["recall"], "query_us": query_us, "index_us": query_us} | values
+    return Trial(candidate, "Flat", rows, shard_rows, SearchParameters(), rerank_bytes=0.0, build_s=1.0, **values)
 
 
 # ---- measuring
@@ -171,8 +183,16 @@ def test_the_pareto_front() -> None:
 
 @pytest.mark.parametrize(("family", "expected"), [(Family.FLAT, 100.0), (Family.IVF, 10.0), (Family.HNSW, 1.5)])
 def test_how_much_longer_a_query_takes_in_a_hundred_times_as_many_rows(family: Family, expected: float) -> None:
-    assert _growth(family, 10_000, 1_000_000) == pytest.approx(expected)
-    assert _growth(family, 1, 1) == _growth(family, 5000, 5000) == 1
+    assert 100 ** usual_growth(family, 10_000, 1_000_000) == pytest.approx(expected)
+    assert 5000 ** usual_growth(family, 1, 1) >= 1
+
+
+def test_only_the_time_in_the_index_grows() -> None:
+    small = trial(LISTS, rows=100, shard_rows=10_000, queries_per_s=1e6 / 30, query_us=30.0, index_us=20.0)
+    grown = small.grown(0.5)
+    assert 1e6 / grown.queries_per_s == pytest.approx(10 + 20 * 10)
+    assert grown.latency_ms == pytest.approx(small.latency_ms * 210 / 30)
+    assert trial(GRAPH).grown(0.5) == trial(GRAPH)  # as many rows as a shard has
 
 
 def test_the_figures_of_a_trial_are_for_a_whole_shard(sample: Sample) -> None:
@@ -189,16 +209,112 @@ def test_finalists_are_the_fastest_that_keep_recall_and_bytes() -> None:
     small = trial(FLAT, bytes_per_vector=90.0)
     assert finalists([lossy, large, small], Budget(recall=0.9, bytes_per_vector=100.0)) == [FLAT]
     assert finalists([lossy], BUDGET) == [LISTS]
-    assert len(finalists([trial(FLAT, latency_ms=float(n)) for n in range(1, 9)], BUDGET)) == FINALISTS
+    many = [trial(replace(GRAPH, hnsw_m=links)) for links in range(2, 20)]
+    assert len(finalists(many, BUDGET)) == FINALISTS
+    other = trial(LISTS, queries_per_s=1001.0 / CLOSE_FAMILY)
+    assert finalists([*many, other], BUDGET)[-1] == LISTS  # another family, nearly as fast
+
+
+def test_the_best_codes_of_each_family_lead() -> None:
+    graphs = [trial(replace(GRAPH, hnsw_m=links), queries_per_s=2000.0 + links) for links in range(2, 6)]
+    lists = [trial(replace(LISTS, nlist=n), queries_per_s=1500.0 + n) for n in (1, 2, 3)]
+    chosen = leaders([*lists, *graphs, trial()], BUDGET)
+    assert [one.hnsw_m for one in chosen if one.family is Family.HNSW] == [5, 4]
+    assert [one.nlist for one in chosen if one.family is Family.IVF] == [3, 2]
+    assert FLAT in chosen and len(chosen) == 2 * LEADERS + 1
+    assert FLAT not in leaders([*graphs, trial(queries_per_s=1900 / HOPELESS)], BUDGET)
+
+
+def test_an_answer_in_time_comes_before_a_faster_batch() -> None:
+    late = trial(replace(LISTS, nlist=9), queries_per_s=1100.0, latency_ms=9.0)
+    assert finalists([late, trial(LISTS)], replace(BUDGET, latency_ms=2.0))[0] == LISTS
+
+
+def test_how_time_grows_is_measured_between_two_sizes() -> None:
+    """Lists that take twice as long in four times the rows take eight times as long in 64 times the rows."""
+    other = replace(LISTS, nlist=7)
+    small = trial(LISTS, 100, 25_600, queries_per_s=1e5, index_us=8.0)
+    large = trial(LISTS, 400, 25_600, queries_per_s=1e6 / 18, index_us=16.0)
+    beside = trial(other, 400, 25_600, queries_per_s=1e6 / 12, index_us=10.0)
+    found = estimated([[small], [large, beside]])
+    assert 1e6 / found[0].queries_per_s == pytest.approx(2 + 16 * 8)
+    assert 1e6 / found[1].queries_per_s == pytest.approx(2 + 10 * 8)
+    assert estimated([[small]]) == [small]
+
+
+class Shop:
+    """Trials of candidates with known speeds, and what was asked for."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.asked: list[tuple[int, tuple[Candidate, ...]]] = []
+
+    def measure(self, some: Sequence[Candidate], size: int) -> list[Trial]:
+        self.asked.append((size, tuple(some)))
+        return [trial(one, size, self.rows, query_us=self.us(one, size), index_us=self.us(one, size)) for one in some]
+
+    def us(self, one: Candidate, size: int) -> float:
+        """Graphs are the fastest on few rows, and half as many lists as the first of the grid on many."""
+        match one.family:
+            case Family.FLAT:
+                return size / 10
+            case Family.HNSW:
+                return 5 * (size / 1000) ** 0.5
+            case _:
+                code = 1.0 if one.codec is Codec.PQFS else 3.0
+                return 10 * code * (size / 1000) ** 0.25 * (1 + 0.01 * (one.nlist or 1) / size**0.5)
+
+
+def test_the_choice_of_the_whole_grid_is_found_with_few_measurements() -> None:
+    rows = 200_000
+    shop, every = Shop(rows), Shop(rows)
+    grid = candidates(384, Metric.COSINE, rows, BUDGET, 100_000, SCREENING_SIZES[0])
+
+    def projected(shop: Shop) -> Callable[[Sequence[Candidate], int], list[Trial]]:
+        return lambda some, size: [one.grown(0.25) for one in shop.measure(some, size)]
+
+    found = search_grid(grid, rows, BUDGET, projected(shop))
+    best = measure_grid(grid, rows, BUDGET, projected(every))
+    assert found.chosen.candidate == best.chosen.candidate and found.chosen.candidate.codec is Codec.PQFS
+    assert [size for size, _ in shop.asked] == [*SCREENING_SIZES, rows]
+    first, second, last = (len(some) for _, some in shop.asked)
+    assert last <= FINALISTS + 1 < second < first == len(representatives(grid)) < len(grid) / 2
+    assert len(found.screened) == first + second
+
+
+def test_a_small_shard_is_measured_at_once() -> None:
+    shop = Shop(4000)
+    grid = candidates(384, Metric.COSINE, 4000, BUDGET, 100_000, SCREENING_SIZES[0])
+    found = search_grid(grid, 4000, BUDGET, shop.measure)
+    assert shop.asked == [(4000, tuple(grid))] and not found.screened
 
 
 def test_what_so_few_rows_cannot_train_is_left_out() -> None:
-    """OPQ needs a row for each dimension."""
-    enough = candidates(384, Metric.COSINE, 400, BUDGET, 10_000, 384)
-    short = candidates(384, Metric.COSINE, 400, BUDGET, 10_000, 380)
-    assert any(one.opq for one in enough) and not any(one.opq for one in short)
-    starved = candidates(384, Metric.COSINE, 100_000, BUDGET, 500, 10_000)
+    """Codes of 4 bits need 16 rows, a list one."""
+    enough = candidates(384, Metric.COSINE, 400, BUDGET, 10_000, 16)
+    short = candidates(384, Metric.COSINE, 400, BUDGET, 10_000, 15)
+    assert any(one.codec is Codec.PQFS for one in enough) and all(one.codec is not Codec.PQFS for one in short)
+    starved = candidates(384, Metric.COSINE, 100_000, BUDGET, 10, 10_000)
     assert starved and all(one.family is not Family.IVF for one in starved)
+
+
+def test_a_sample_has_fewer_lists_than_a_shard() -> None:
+    whole = replace(LISTS, nlist=400)
+    assert whole.of_sample(10_000, 1_000_000).nlist == 40
+    assert whole.of_sample(10_000, 10_000) == whole and LISTS.of_sample(10, 1000) == LISTS
+    assert replace(LISTS, nlist=4000).of_sample(780, 1000).nlist == 20  # 39 rows train a list
+    (found,) = groups([whole])
+    assert found[0].spec(DIMENSION, Metric.COSINE, 1_000_000, 1, 10_000).factory == "IVF400,SQ8"
+
+
+def test_the_recall_of_each_factor_is_that_of_a_search(sample: Sample) -> None:
+    """Widths are found from candidates alone; the point that is chosen keeps the recall when it is searched."""
+    code = Candidate(Family.IVF, Codec.PQFS, True, pq_bytes=4, nlist=20)
+    (found,) = measure(sample, [code], Budget(recall=0.93), seed=1, training_rows=10_000, shard_rows=2500)
+    assert found.recall >= 0.93 and found.parameters.rerank_factor > 1
+    assert found.shard_recall == found.recall and 0 < found.index_us <= found.query_us
+    (part,) = measure(sample, [code], Budget(recall=0.93), seed=1, training_rows=10_000, shard_rows=10_000)
+    assert part.recall >= 0.93 and part.shard_recall != part.recall
 
 
 def test_a_recall_of_zero_is_always_kept() -> None:

@@ -62,6 +62,11 @@ def test_an_unmet_budget_says_what_comes_nearest() -> None:
     assert unmet(missed) == (
         "index: no configuration that was measured keeps bytes_per_vector 100 (nearest: 1536); the nearest is Flat"
     )
+    lossy = record() | {"misses": {"recall": 0.26}, "chosen": record()["trials"][1]}
+    assert unmet(lossy) == (
+        "index: no configuration that was measured keeps recall 0.95 (nearest: 0.7); the nearest is IVF64,<Flat> "
+        "with re-ranking"
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ def test_a_run_chooses_by_measurement_once_and_builds_that(workspace: Workspace)
     assert before["shards"].fingerprint is None
     report = workspace.pipeline(index=AUTO, gate={"recall": 0.9}).run()
     assert report is not None and report.status is Status.PUBLISHED and report.tuning is not None
-    chosen, tried = report.tuning["chosen"], report.tuning["screened"]
+    chosen, tried = report.tuning["chosen"], report.tuning["trials"]
     assert report.tuning["met"] and chosen["recall"] >= 0.9 and len(tried) > 8
     assert chosen["queries_per_s"] == max(one["queries_per_s"] for one in tried if one["recall"] >= 0.9)
     assert report.manifest["faiss"]["family"] == chosen["family"]
@@ -117,6 +122,20 @@ def test_tuning_again_replaces_the_choice_and_a_resumed_run_still_tells_of_it(wo
     assert report is not None and report.tuning == second
     stricter = workspace.pipeline(index=AUTO, gate={"recall": 0.91}).run()
     assert stricter is not None and stricter.tuning == second
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_choice_that_the_corpus_is_now_too_small_to_train_is_made_again(workspace: Workspace) -> None:
+    asked = workspace.pipeline(index=AUTO, gate={"recall": 0.9})
+    record = asked.tune()
+    (path,) = (workspace.root / "tuning").glob("*.json")
+    lists = {"family": "ivf", "codec": "none", "rerank": False, "nlist": 5000, "parameters": {"nprobe": 9}}
+    path.write_text(json.dumps(record | {"chosen": record["chosen"] | lists}))  # as of more passages than there are
+    assert asked.plan().version is None
+    report = asked.run()
+    assert report is not None and report.status is Status.PUBLISHED
+    assert report.tuning == json.loads(path.read_text()) and report.tuning["chosen"].get("nlist") != 5000
+    assert asked.plan().up_to_date
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -147,9 +166,15 @@ def test_the_command_shows_measures_and_draws(workspace: Workspace, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "chosen" in done.stdout and "queries/s" in done.stdout and "Flat" in done.stdout
     ElementTree.fromstring(picture.read_text())
+    few = workspace.file(index={"shards": 1})
+    unmeasured = penstock("tune", str(few), "--plot", str(tmp_path / "nothing.svg"))
+    assert unmeasured.returncode == 0 and not (tmp_path / "nothing.svg").exists()
+    assert "nothing.svg) is not written: nothing was measured, as " in unmeasured.stderr
+    assert "vectors a shard are searched exactly" in unmeasured.stderr
     impossible = workspace.file(index={**AUTO, "bytes_per_vector": 90.0, "recall": 1.0})
     missed = penstock("tune", str(impossible), "--json")
-    assert missed.returncode == 3 and "no configuration that was measured keeps recall 1 (nearest: 0." in missed.stderr
+    words = "no configuration that was measured keeps bytes_per_vector 90 (nearest: "  # code books weigh on few rows
+    assert missed.returncode == 3 and words in missed.stderr
     found = json.loads(missed.stdout.splitlines()[-1])
-    assert found["event"] == "tuning" and not found["met"] and found["misses"]["recall"] > 0
+    assert found["event"] == "tuning" and not found["met"] and found["misses"]["bytes_per_vector"] > 0
     assert found["trials"] and all(trial["codec"] not in ("none", "fp16") for trial in found["trials"])

@@ -75,7 +75,7 @@ def test_a_version_says_how_svs_built_it(library: Library) -> None:
     assert "shard-00001.svs.tar" in names and not [name for name in names if name.endswith(".faiss")]
     assert library.manifest["bytes_per_vector"] > 4 * library.manifest["dimension"]
     point = library.manifest["operating_point"]
-    assert point["recall"] >= 0.95 and point["parameters"]["ef_search"] in (16, 32, 64)
+    assert point["recall"] >= 0.95 and 10 <= point["parameters"]["ef_search"] <= 64
 
 
 def test_the_reader_finds_the_nearest_and_those_that_a_filter_allows(library: Library) -> None:

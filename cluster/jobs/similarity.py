@@ -1,0 +1,382 @@
+"""Embeddings → the pairs of similar rows: rows and copies by part of the cells, then the join of each part.
+
+A part is made of whole cells and holds what one process can join. Its rows lie in one file per fragment, sorted by
+part, so that the join of a part reads its own rows of each; the pairs that it finds are stored with their similarity
+down to a floor, from which every higher threshold is a filter.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from penstock.cluster.fragments import (
+    ROW_GROUP_ROWS,
+    Receipt,
+    open_fragment,
+    read_fragment,
+    read_hash_range,
+    vector_column,
+    vectors_of,
+    write_fragment,
+)
+from penstock.cluster.jobs.clustering import read_centroids
+from penstock.cluster.jobs.training import sample_vectors
+from penstock.cluster.layout import EMBEDDINGS, PAIRS, REPLICAS, fragment_path, stage_folder
+from penstock.cluster.node import connect
+from penstock.cluster.session import Session
+from penstock.cluster.storage import Store
+from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth
+from penstock.operators.replication import Copies, copies_of
+from penstock.operators.sharding import hash_range
+from penstock.operators.similar_pairs import Join, Pairs, cell_pairs, graph_pairs, similar_pairs, unit_rows
+
+MOST_COPIES = 4.0  # rows stored for each row, beyond which an exact join costs more than it is worth
+GRAPH_COPIES = 2  # parts beside its own in which the graph join looks for neighbours of a row
+# Bytes of a row in a join for each of its components: float32, short rows, and the stored form while it is read.
+JOIN_BYTES_PER_COMPONENT = 16
+# 20 bytes each, three times while they are sorted and written.
+PAIRS_PER_FILE = 4_000_000
+PREDICTED_ROWS = 8_192
+LEFT, RIGHT, SIMILARITY = "left", "right", "similarity"
+PAIR_SCHEMA = pa.schema([(LEFT, pa.uint64()), (RIGHT, pa.uint64()), (SIMILARITY, pa.float32())])
+
+
+@dataclass(frozen=True)
+class JoinJob:
+    """What all tasks of a join share.
+
+    Attributes:
+        part_of_cell: the part 0..parts - 1 of each cell of the centroids.
+        floor: the least similarity of the pairs that are stored.
+        standing: those of the fragments whose rows were joined with each other before: only pairs with a row of another
+            fragment are looked for.
+    """
+
+    root: str
+    fingerprint: str
+    embeddings_fingerprint: str
+    centroids_fingerprint: str
+    fragments: tuple[str, ...]
+    part_of_cell: tuple[int, ...]
+    join: Join
+    floor: float
+    standing: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> int:
+        return max(self.part_of_cell) + 1
+
+
+@dataclass(frozen=True)
+class ReplicaTask:
+    job: JoinJob
+    fragment: str
+
+
+@dataclass(frozen=True)
+class PartTask:
+    job: JoinJob
+    part: int
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """A sampled share of the hash space, of which all pairs are looked for among the rows of one fragment."""
+
+    job: JoinJob
+    fragment: str
+    share: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A joined part: its rows, the copies of rows of other parts, and the files of the pairs found."""
+
+    part: int
+    rows: int
+    copies: int
+    pairs: int
+    files: tuple[str, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> "PartRecord":
+        fields = json.loads(data)
+        return PartRecord(**{**fields, "files": tuple(fields["files"])})
+
+
+def parts_for(rows: int, dimension: int, memory_bytes: int, factor: float = 1.0) -> int:
+    """Parts of which each can be joined in about `memory_bytes`, if they hold as many rows each and `factor` rows are
+    stored for each row."""
+    needed = rows * factor * dimension * JOIN_BYTES_PER_COMPONENT
+    return max(1, -int(-needed // memory_bytes))
+
+
+def predicted_factor(job: JoinJob, rows: int, seed: int) -> float:
+    """How many rows the exact join would store for each row, from a sample of the `rows` in the fragments."""
+    store = connect(job.root)
+    paths = [fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment) for fragment in job.fragments]
+    sample = unit_rows(sample_vectors(store, paths, rows, PREDICTED_ROWS, seed))
+    return _copies(store, job, sample, Join.EXACT).factor
+
+
+def affordable(join: Join, factor: float) -> Join:
+    """The join to use instead of `join` where this would store `factor` rows for each row: beyond MOST_COPIES the graph
+    takes the place of the exact one."""
+    return Join.GRAPH if join is Join.EXACT and factor > MOST_COPIES else join
+
+
+def find_pairs(session: Session, job: JoinJob) -> list[PartRecord]:
+    """Replicates and joins what is not done yet; returns the record of each part."""
+    store = connect(job.root)
+    folder = stage_folder(REPLICAS, job.fingerprint)
+    present = set(store.names(folder))
+    tasks = [ReplicaTask(job, fragment) for fragment in job.fragments if f"{fragment}.parquet" not in present]
+    for _ in session.stream(replicate, tasks):
+        pass
+    done = read_records(store, job)
+    missing = [PartTask(job, part) for part in range(job.parts) if part not in {record.part for record in done}]
+    return sorted([*done, *session.stream(join_part, missing)], key=lambda record: record.part)
+
+
+def replicate(task: ReplicaTask) -> Receipt:
+    """Write the rows of a fragment and their copies sorted by part and row hash: part, native, cell, row_hash and
+    embedding as it is stored. Memory: the fragment in float32, and its copies.
+
+    Raises:
+        ValueError: a vector that is zero or not finite, naming fragment and row.
+    """
+    job, store = task.job, connect(task.job.root)
+    path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
+    table = read_fragment(store, path, ["row_hash", "embedding"])
+    stored = vectors_of(table.column("embedding"))
+    try:
+        vectors = unit_rows(stored)
+    except ValueError as error:
+        raise ValueError(f"fragment {path}: {error}") from error
+    copies = _copies(store, job, vectors, job.join)
+    hashes = table.column("row_hash").to_numpy()
+    row = np.concatenate([np.arange(len(stored)), copies.row])
+    part = np.concatenate([copies.home, copies.part])
+    order = np.lexsort((hashes[row], part))
+    replicas = pa.table(
+        {
+            "part": pa.array(part[order], pa.int32()),
+            "native": pa.array(order < len(stored)),
+            "cell": pa.array(copies.cell[row[order]], pa.int32()),
+            "row_hash": pa.array(hashes[row[order]], pa.uint64()),
+            "embedding": vector_column(stored[row[order]]),
+        }
+    )
+    receipt = Receipt(task.fragment, len(stored), len(stored))
+    write_fragment(store, fragment_path(REPLICAS, job.fingerprint, task.fragment), replicas, receipt)
+    return receipt
+
+
+def join_part(task: PartTask) -> PartRecord:
+    """Find and store the pairs of a part: files of pairs sorted by row hashes, then the record that says it is done.
+
+    Memory: JOIN_BYTES_PER_COMPONENT for each component of its rows and copies, and PAIRS_PER_FILE pairs.
+    """
+    job, store = task.job, connect(task.job.root)
+    rows = _read_part(store, job, task.part)
+    files: list[str] = []
+    count = 0
+    for pairs in _gathered(_joined(job, rows), PAIRS_PER_FILE):
+        path = f"{stage_folder(PAIRS, job.fingerprint)}/pairs-{task.part:05d}-{len(files):05d}.parquet"
+        write_fragment(store, path, _pair_table(pairs, rows.hashes))
+        files.append(path)
+        count += len(pairs)
+    natives = int(rows.native.sum())
+    record = PartRecord(task.part, natives, len(rows.native) - natives, count, tuple(files))
+    store.write(_record_path(job, task.part), record.to_json())
+    return record
+
+
+def read_records(store: Store, job: JoinJob) -> list[PartRecord]:
+    """Records of the parts that are joined."""
+    names = set(store.names(stage_folder(PAIRS, job.fingerprint)))
+    paths = [_record_path(job, part) for part in range(job.parts)]
+    return [PartRecord.from_json(store.read(path)) for path in paths if path.rsplit("/", 1)[1] in names]
+
+
+def stored_pairs(store: Store, files: Iterable[str], similarity: float) -> Iterator[pa.Table]:
+    """The pairs (PAIR_SCHEMA) of files that reach a similarity, row group by row group."""
+    for path in files:
+        with open_fragment(store, path) as file:
+            for batch in file.iter_batches(ROW_GROUP_ROWS * 8):
+                reaches = batch.column(SIMILARITY).to_numpy() >= np.float32(similarity)
+                yield pa.Table.from_batches([batch.filter(pa.array(reaches))])
+
+
+def measured_recall(
+    session: Session, job: JoinJob, records: Sequence[PartRecord], share: float, seed: int
+) -> PairRecall:
+    """The share of all pairs of sampled rows with any row that the join found: every row of a seeded `share` of the
+    hash space is compared with all rows."""
+    tasks = [RecallTask(job, fragment, share, seed) for fragment in job.fragments]
+    truth = [part for part in session.stream(true_pairs, tasks) if len(part)]
+    if not truth:
+        return pair_recall(np.empty(0, np.int64), np.empty(0, bool))
+    wanted = np.unique(np.concatenate(truth), axis=0)
+    found = np.zeros(len(wanted), bool)
+    store = connect(job.root)
+    for table in stored_pairs(store, [path for record in records for path in record.files], job.floor):
+        left, right = (table.column(name).to_numpy() for name in (LEFT, RIGHT))
+        for ends in ((left, right), (right, left)):
+            found |= _contained(wanted, np.stack(ends, axis=1))
+    return pair_recall(wanted[:, 0], found)
+
+
+def true_pairs(task: RecallTask) -> np.ndarray:
+    """All pairs uint64 (p, 2) of a sampled row and a row of the fragment, that is another one."""
+    job, store = task.job, connect(task.job.root)
+    sample_hashes, sample = _sampled(store, task)
+    path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
+    table = read_fragment(store, path, ["row_hash", "embedding"])
+    if len(sample) == 0 or table.num_rows == 0:
+        return np.empty((0, 2), np.uint64)
+    pairs = sample_truth(sample, unit_rows(vectors_of(table.column("embedding"))), job.floor)
+    hashes = table.column("row_hash").to_numpy()
+    both = np.stack([sample_hashes[pairs.left], hashes[pairs.right]], axis=1)
+    others: np.ndarray = both[both[:, 0] != both[:, 1]]
+    return others
+
+
+@dataclass(frozen=True, eq=False)
+class _PartRows:
+    """The rows of a part: hashes uint64 (n,), unit vectors float32 (n, d), whether they are at home here, whether they
+    were joined with each other before, and their cells; sorted by hash."""
+
+    hashes: np.ndarray
+    vectors: np.ndarray
+    native: np.ndarray
+    standing: np.ndarray
+    cell: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> "_PartRows":
+        arrays = (self.hashes, self.vectors, self.native, self.standing, self.cell)
+        return _PartRows(*(array[chosen] for array in arrays))
+
+
+def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copies:
+    centroids, parts = read_centroids(store, job.centroids_fingerprint), np.array(job.part_of_cell)
+    match join:
+        case Join.EXACT:
+            return copies_of(vectors, centroids, parts, job.floor)
+        case Join.GRAPH:
+            return copies_of(vectors, centroids, parts, job.floor, GRAPH_COPIES)
+        case Join.CLUSTER:
+            return copies_of(vectors, centroids, parts, job.floor, 0)
+
+
+def _read_part(store: Store, job: JoinJob, part: int) -> _PartRows:
+    tables, standing = [], []
+    for fragment in job.fragments:
+        table = _rows_of_part(store, fragment_path(REPLICAS, job.fingerprint, fragment), part)
+        tables.append(table)
+        standing.append(np.full(table.num_rows, fragment in job.standing))
+    rows = pa.concat_tables(tables)
+    hashes = rows.column("row_hash").to_numpy()
+    order = np.argsort(hashes, kind="stable")
+    return _PartRows(
+        hashes[order],
+        unit_rows(vectors_of(rows.column("embedding"))[order]),
+        rows.column("native").to_numpy()[order],
+        np.concatenate(standing)[order],
+        rows.column("cell").to_numpy()[order],
+    )
+
+
+def _rows_of_part(store: Store, path: str, part: int) -> pa.Table:
+    """The rows of a part in a file sorted by it, reading only row groups that may hold some."""
+    with open_fragment(store, path) as file:
+        groups = []
+        for group in range(file.metadata.num_row_groups):
+            statistics = file.metadata.row_group(group).column(0).statistics
+            if statistics is None or statistics.min <= part <= statistics.max:
+                groups.append(group)
+        table = file.read_row_groups(groups).replace_schema_metadata()
+    parts = table.column("part").to_numpy()
+    start, stop = np.searchsorted(parts, [part, part + 1])
+    return table.slice(int(start), int(stop - start))
+
+
+def _joined(job: JoinJob, rows: _PartRows) -> Iterator[Pairs]:
+    """The pairs of a part by number of `rows`: of rows at home with each other, and with copies."""
+    if job.join is Join.CLUSTER:
+        for pairs in cell_pairs(rows.vectors, rows.cell, job.floor):
+            yield pairs.where(~(rows.standing[pairs.left] & rows.standing[pairs.right]))
+        return
+    join = similar_pairs if job.join is Join.EXACT else graph_pairs
+    new = rows.native & ~rows.standing
+    yield from _against(join, rows, np.flatnonzero(~new), np.flatnonzero(new), job.floor)
+    at_home, arrived = np.flatnonzero(rows.native & rows.standing), np.flatnonzero(~rows.native & ~rows.standing)
+    for pairs in _against(join, rows, at_home, arrived, job.floor):
+        yield pairs.where(rows.native[pairs.left] | rows.native[pairs.right])
+
+
+def _gathered(parts: Iterable[Pairs], most: int) -> Iterator[Pairs]:
+    """Pairs in parts of about `most`."""
+    waiting: list[Pairs] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= most:
+            yield Pairs.joined(waiting)
+            waiting = []
+    if any(map(len, waiting)):
+        yield Pairs.joined(waiting)
+
+
+def _against(
+    join: Callable[[np.ndarray, float, int], Iterator[Pairs]],
+    rows: _PartRows,
+    base: np.ndarray,
+    others: np.ndarray,
+    floor: float,
+) -> Iterator[Pairs]:
+    """The pairs by number of `rows` of the rows `others` with each other and with those of `base`."""
+    if len(others) == 0:
+        return
+    numbers = np.concatenate([base, others])
+    vectors = rows.vectors if len(base) == 0 and len(others) == len(rows.vectors) else rows.vectors[numbers]
+    for pairs in join(vectors, floor, len(base)):
+        one, other = numbers[pairs.left], numbers[pairs.right]
+        yield Pairs(np.minimum(one, other), np.maximum(one, other), pairs.similarity)
+
+
+def _pair_table(pairs: Pairs, hashes: np.ndarray) -> pa.Table:
+    """PAIR_SCHEMA: rows are numbered by hash, so that the lower of two numbers has the lower hash."""
+    columns = [pa.array(hashes[pairs.left]), pa.array(hashes[pairs.right]), pa.array(pairs.similarity)]
+    return pa.table(columns, schema=PAIR_SCHEMA)
+
+
+def _record_path(job: JoinJob, part: int) -> str:
+    return f"{stage_folder(PAIRS, job.fingerprint)}/part-{part:05d}.json"
+
+
+def _sampled(store: Store, task: RecallTask) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes uint64 (s,) and unit vectors float32 (s, d) of the sampled rows of all fragments."""
+    job = task.job
+    hashes, vectors = [np.empty(0, np.uint64)], []
+    for fragment in job.fragments:
+        path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment)
+        for first, last in hash_range(task.share, task.seed):
+            table = read_hash_range(store, path, first, last, ["embedding"])
+            hashes.append(table.column("row_hash").to_numpy())
+            vectors.append(vectors_of(table.column("embedding")))
+    return np.concatenate(hashes), unit_rows(np.concatenate(vectors))
+
+
+def _contained(wanted: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Which of some pairs uint64 (w, 2) are among others (p, 2): bool (w,)."""
+    likely = np.ascontiguousarray(pairs[np.isin(pairs[:, 0], wanted[:, 0])])
+    both = np.dtype([("one", np.uint64), ("other", np.uint64)])
+    found: np.ndarray = np.isin(np.ascontiguousarray(wanted).view(both)[:, 0], likely.view(both).reshape(-1))
+    return found

@@ -1,0 +1,290 @@
+"""Joins and removal over fragments, parts and buckets: what one process finds and decides over all rows."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from penstock.cluster.fragments import Receipt, read_fragment, vector_column, write_fragment
+from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
+from penstock.cluster.jobs.removal import (
+    BucketTask,
+    RemovalJob,
+    buckets_for,
+    decide,
+    order_neighbours,
+    remove_duplicates,
+    removed_rows,
+    represent,
+    send_keys,
+)
+from penstock.cluster.jobs.similarity import (
+    JoinJob,
+    PartTask,
+    ReplicaTask,
+    affordable,
+    find_pairs,
+    join_part,
+    measured_recall,
+    parts_for,
+    predicted_factor,
+    read_records,
+    replicate,
+    stored_pairs,
+)
+from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
+from penstock.cluster.local_store import LocalStore
+from penstock.cluster.session import Session
+from penstock.operators.clustering import ClusteringSpec
+from penstock.operators.independent_set import Keep, independent_set, neighbours_of, random_keys, ranks
+from penstock.operators.similar_pairs import Join, Pairs, similar_pairs, unit_rows
+
+DIMENSION, CELLS, FLOOR = 16, 9, 0.85
+FRAGMENT_ROWS = (500, 0, 350, 1)
+FRAGMENTS = tuple(f"{number:032x}" for number in range(len(FRAGMENT_ROWS)))
+ROWS = sum(FRAGMENT_ROWS)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def _corpus() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors float16 (n, d), unique hashes and tokens of all rows, fragment after fragment."""
+    random = np.random.default_rng(1)
+    centres = random.standard_normal((70, DIMENSION))
+    spread = random.uniform(0.02, 0.5, (ROWS, 1))
+    vectors = centres[random.integers(0, 70, ROWS)] + spread * random.standard_normal((ROWS, DIMENSION))
+    hashes = random.integers(0, 2**64, ROWS, dtype=np.uint64)
+    return unit_rows(vectors).astype(np.float16), hashes, random.integers(5, 12, ROWS).astype(np.int32)
+
+
+def _write(root: Path) -> LocalStore:
+    store = LocalStore(root)
+    vectors, hashes, tokens = _corpus()
+    start = 0
+    for fragment, rows in zip(FRAGMENTS, FRAGMENT_ROWS, strict=True):
+        part = start + np.argsort(hashes[start : start + rows])
+        table = pa.table({"row_hash": pa.array(hashes[part]), "embedding": vector_column(vectors[part])})
+        write_fragment(store, fragment_path(EMBEDDINGS, "e", fragment), table, Receipt(fragment, rows, rows))
+        passages = {
+            "row_hash": pa.array(hashes[part]),
+            "tokens": pa.array(tokens[part]),
+            "source": pa.array([f"{row % 3}.txt" for row in part], pa.string()),
+            "position": pa.array(part // 2),
+            "ordinal": pa.array(part % 2),
+        }
+        write_fragment(store, fragment_path(PASSAGES, "p", fragment), pa.table(passages), Receipt(fragment, rows, rows))
+        start += rows
+    spec = ClusteringSpec(CELLS, DIMENSION, True, ROWS, 3)
+    start_centroids(ClusteringJob(str(root), "c", "e", FRAGMENTS, ROWS, spec))
+    return store
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("similarity")
+    _write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    with Session() as made:
+        yield made
+
+
+class _InProcess(Session):
+    """Runs tasks here, one after the other: what tasks do does not depend on where."""
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def stream(
+        self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1, gpus: float = 0
+    ) -> Iterator[R]:
+        yield from map(function, tasks)
+
+
+def _job(root: Path, name: str, parts: int = 3, join: Join = Join.EXACT, standing: tuple[str, ...] = ()) -> JoinJob:
+    cells = tuple(cell % parts for cell in range(CELLS))
+    return JoinJob(str(root), name, "e", "c", FRAGMENTS, cells, join, FLOOR, standing)
+
+
+def _by_hash(store: LocalStore, job: JoinJob) -> dict[tuple[int, int], float]:
+    files = [path for record in read_records(store, job) for path in record.files]
+    tables = list(stored_pairs(store, files, job.floor))
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert all(row["left"] < row["right"] for row in rows)
+    found = {(row["left"], row["right"]): row["similarity"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def _expected() -> dict[tuple[int, int], float]:
+    vectors, hashes, _ = _corpus()
+    pairs = Pairs.joined(list(similar_pairs(unit_rows(vectors), FLOOR)))
+    ends = zip(hashes[pairs.left].tolist(), hashes[pairs.right].tolist(), pairs.similarity.tolist(), strict=True)
+    return {(min(a, b), max(a, b)): near for a, b, near in ends}
+
+
+def test_exact_pairs_are_the_same_for_any_parts(root: Path) -> None:
+    store, expected = LocalStore(root), _expected()
+    for parts in (1, 2, 9):
+        job = _job(root, f"x{parts}", parts)
+        records = find_pairs(_InProcess(), job)
+        assert _by_hash(store, job) == expected
+        assert sum(record.rows for record in records) == ROWS
+        assert sum(record.pairs for record in records) == len(expected)
+        assert (sum(record.copies for record in records) > 0) == (parts > 1)
+
+
+def test_a_cluster_runs_the_join_and_does_nothing_twice(root: Path, session: Session) -> None:
+    job, store = _job(root, "ray"), LocalStore(root)
+    records = find_pairs(session, job)
+    assert _by_hash(store, job) == _expected()
+    written = {path: store.read(path) for record in records for path in record.files}
+    for path in written:
+        store.write(path, b"untouched")
+    assert find_pairs(session, job) == records
+    assert all(store.read(path) == b"untouched" for path in written)
+
+
+def test_a_damaged_part_is_found_again_from_its_task(root: Path) -> None:
+    job, store = _job(root, "again"), LocalStore(root)
+    records = find_pairs(_InProcess(), job)
+    before = {path: store.read(path) for record in records for path in record.files}
+    assert [join_part(PartTask(job, record.part)) for record in records] == records
+    assert {path: store.read(path) for path in before} == before
+
+
+def test_cluster_and_graph_find_true_pairs_and_their_recall_is_measured(root: Path) -> None:
+    store, expected = LocalStore(root), _expected()
+    for join in (Join.CLUSTER, Join.GRAPH):
+        job = _job(root, join.value, 3, join)
+        records = find_pairs(_InProcess(), job)
+        found = _by_hash(store, job)
+        assert found.items() <= expected.items()
+        measured = measured_recall(_InProcess(), job, records, 1.0, 1)
+        assert measured.recall == len(found) / len(expected) and measured.pairs == 2 * len(expected)
+        assert measured.at_least <= measured.recall
+        assert sum(record.copies for record in records) == 0 or join is Join.GRAPH
+    exact = _job(root, "x1", 1)
+    measured = measured_recall(_InProcess(), exact, find_pairs(_InProcess(), exact), 0.3, 5)
+    assert measured.recall == 1 and 0.9 < measured.at_least < 1
+
+
+def test_rows_that_stand_are_joined_with_new_ones_only(root: Path) -> None:
+    _, hashes, _ = _corpus()
+    old = set(hashes[: FRAGMENT_ROWS[0]].tolist())
+    expected = {pair: near for pair, near in _expected().items() if not (pair[0] in old and pair[1] in old)}
+    for join in (Join.EXACT, Join.CLUSTER):
+        job = _job(root, f"standing-{join}", 3, join, standing=FRAGMENTS[:1])
+        find_pairs(_InProcess(), job)
+        found = _by_hash(LocalStore(root), job)
+        assert found == expected if join is Join.EXACT else found.items() < expected.items()
+
+
+def test_the_factor_is_predicted_from_a_sample(root: Path) -> None:
+    job = _job(root, "x9", 9)
+    records = find_pairs(_InProcess(), job)
+    stored = sum(record.rows + record.copies for record in records) / ROWS
+    assert predicted_factor(job, ROWS, 1) == pytest.approx(stored, rel=0.01)
+    assert affordable(Join.EXACT, 4.1) is Join.GRAPH and affordable(Join.EXACT, 4.0) is Join.EXACT
+    assert affordable(Join.CLUSTER, 9.0) is Join.CLUSTER
+    assert parts_for(1_000_000, 384, 2 << 30, 1.5) == 5 and parts_for(10, 384, 1 << 30) == 1
+
+
+def test_a_vector_without_direction_names_its_fragment(tmp_path: Path) -> None:
+    store = _write(tmp_path)
+    vectors = vector_column(np.zeros((2, DIMENSION), np.float16))
+    table = pa.table({"row_hash": pa.array([1, 2], pa.uint64()), "embedding": vectors})
+    path = fragment_path(EMBEDDINGS, "e", FRAGMENTS[3])
+    write_fragment(store, path, table, Receipt(FRAGMENTS[3], 2, 2))
+    with pytest.raises(ValueError, match=rf"fragment {path}: vector 0 \(length 0.0\) must be finite and not zero"):
+        replicate(ReplicaTask(_job(tmp_path, "zero"), FRAGMENTS[3]))
+
+
+def _removal(root: Path, name: str, keep: Keep, buckets: int, similarity: float = 0.9) -> RemovalJob:
+    records = find_pairs(_InProcess(), _job(root, "x3"))
+    files = tuple(path for record in records for path in record.files)
+    return RemovalJob(str(root), name, files, similarity, keep, buckets, "p", FRAGMENTS, "tokens", seed=4)
+
+
+def _order(keep: Keep, degrees: np.ndarray) -> np.ndarray:
+    _, hashes, tokens = _corpus()
+    row = np.arange(ROWS)
+    match keep:
+        case Keep.LONGEST:
+            return ranks(tokens, hashes, descending=True)
+        case Keep.COLUMN:
+            return ranks(tokens, hashes)
+        case Keep.DENSEST:
+            return ranks(degrees, hashes, descending=True)
+        case Keep.RANDOM:
+            return ranks(random_keys(hashes, 4), hashes)
+        case Keep.FIRST:
+            return ranks((row % 3) * ROWS + row, hashes)
+
+
+@pytest.mark.parametrize("keep", list(Keep))
+def test_removal_is_that_of_one_process_for_any_buckets(root: Path, keep: Keep) -> None:
+    vectors, hashes, _ = _corpus()
+    pairs = Pairs.joined(list(similar_pairs(unit_rows(vectors), 0.9)))
+    rank = _order(keep, np.bincount(np.concatenate([pairs.left, pairs.right]), minlength=ROWS))
+    stays = independent_set(neighbours_of(pairs.left, pairs.right, pairs.similarity, rank), rank)
+    expected, near = set(hashes[~stays].tolist()), _expected()
+    results = []
+    for buckets in (1, 5):
+        job = _removal(root, f"{keep}-{buckets}", keep, buckets)
+        assert remove_duplicates(_InProcess(), job) == len(expected) > 30
+        rows = [row for table in removed_rows(LocalStore(root), job) for row in table.to_pylist()]
+        assert {row["removed"] for row in rows} == expected
+        assert not {row["kept"] for row in rows} & expected
+        for row in rows:
+            ends = sorted((row["removed"], row["kept"]))
+            assert near[ends[0], ends[1]] == row["similarity"] >= np.float32(0.9)
+        results.append(sorted(tuple(row.values()) for row in rows))
+    assert results[0] == results[1]
+
+
+def test_removal_goes_on_where_it_stopped(root: Path, session: Session) -> None:
+    done = _removal(root, "whole", Keep.LONGEST, 3)
+    rows = remove_duplicates(session, done)
+    job = _removal(root, "stopped", Keep.LONGEST, 3)
+    for bucket in range(3):
+        send_keys(BucketTask(job, bucket))
+    for bucket in range(3):
+        order_neighbours(BucketTask(job, bucket))
+    first = [decide(BucketTask(job, bucket)) for bucket in range(3)]
+    assert sum(first) > 0 and [decide(BucketTask(job, bucket)) for bucket in range(3)] == first
+    assert remove_duplicates(session, job) == rows
+    tables = [list(removed_rows(LocalStore(root), each)) for each in (done, job)]
+    assert pa.concat_tables(tables[0]).equals(pa.concat_tables(tables[1]))
+
+
+def test_no_pairs_remove_nothing(root: Path) -> None:
+    job = _removal(root, "none", Keep.FIRST, 2, similarity=1.0)
+    assert remove_duplicates(_InProcess(), job) == 0
+    assert represent(BucketTask(job, 0, 1)) == 0
+    assert buckets_for(0) == 1 and buckets_for(2_000_001) == 2
+
+
+def test_rows_that_the_passages_lack_are_counted(root: Path) -> None:
+    job = _removal(root, "lacking", Keep.LONGEST, 1)
+    job = RemovalJob(**{**job.__dict__, "passages": FRAGMENTS[:1]})
+    with pytest.raises(
+        ValueError, match=r"passages \(\d+ of \d+ rows with pairs, \d+ in all\) must hold each row once"
+    ):
+        send_keys(BucketTask(job, 0))
+
+
+def test_replicas_are_sorted_by_part_and_keep_what_is_stored(root: Path) -> None:
+    job = _job(root, "sorted")
+    receipt = replicate(ReplicaTask(job, FRAGMENTS[0]))
+    table = read_fragment(LocalStore(root), fragment_path("replicas", "sorted", FRAGMENTS[0]))
+    assert receipt.rows_out == FRAGMENT_ROWS[0] == table.column("native").to_numpy().sum() < table.num_rows
+    assert (np.diff(table.column("part").to_numpy()) >= 0).all()
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), DIMENSION)
