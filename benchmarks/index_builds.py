@@ -59,6 +59,7 @@ K = 10
 RECALL = 0.95
 SEED = 20_260_101
 NOISE_WORDS = 16_384  # two of them make the noise of a row: 134 million pairs
+TRAINING_ROWS = 65_536  # 64 for each of 1,024 lists; faiss takes 39 at least, 256 at most
 FRAGMENT_ROWS = 65_536  # as many passages of half a kilobyte as a fragment of 32 MiB holds
 NAME, ALIAS = "builds", "live"
 WORKERS = (1, 2)
@@ -69,6 +70,7 @@ BLOCK_ROWS = 65_536
 GAP_COPIES = 4
 GAP_CANDIDATES = 100  # of all shards together; with 10 the luck of training decides, 0.4 points either way
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+FACTORS = (4, 8, 16)  # candidates of a shard, in multiples of K
 PROBES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 SEARCHED_FILES = (FAISS, IDS, VECTORS)  # of a shard: what a search without rows opens
 CHUNK_BYTES = 1 << 20
@@ -89,10 +91,12 @@ BARS: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder with model, documents, queries, pipeline file and root, and the held-out queries float32 (q, d)."""
+    """A folder with model, documents, queries, pipeline file and root, and the held-out queries float32 (q, d),
+    and how many vectors rows are copies of."""
 
     folder: Path
     queries: np.ndarray
+    known: int
 
     @property
     def root(self) -> Path:
@@ -105,6 +109,10 @@ class Corpus:
 
 def prepare(options: argparse.Namespace, folder: Path) -> Corpus:
     """Model, documents and queries, unless the folder has them, and the pipeline file."""
+    if not options.vectors.exists():
+        raise SystemExit(
+            f"--vectors ({options.vectors}) must be a file of real vectors; index.py makes it, run it first"
+        )
     vectors = np.load(options.vectors, mmap_mode="r").astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     known = len(vectors) - options.queries
@@ -120,7 +128,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Corpus:
         lines = [json.dumps({"id": str(row), "text": f"t{row}"}) for row in range(known, len(vectors))]
         (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
         made.write_text(json.dumps(stated))
-    corpus = Corpus(folder, vectors[known:])
+    corpus = Corpus(folder, vectors[known:], known)
     corpus.file.write_text(pipeline_text(options, corpus))
     return corpus
 
@@ -545,17 +553,17 @@ def measure_routing(corpus: Corpus, manifest: dict[str, Any], vectors: np.ndarra
         "recall_reader": round(float(truth.hits(numbers).mean()), 4),
         "recall_manifest": manifest["evaluation"]["recall"],
         "operating_point": point_of(manifest),
-        "by_settings": sweep(files, truth, K * int(point_of(manifest).get("rerank_factor", 1))) if files.owners else [],
+        "by_settings": [row for factor in FACTORS for row in sweep(files, truth, factor)] if files.owners else [],
     }
 
 
-def sweep(files: IndexFiles, truth: Truth, count: int) -> list[dict[str, float]]:
+def sweep(files: IndexFiles, truth: Truth, factor: int) -> list[dict[str, float]]:
     """For each coverage the least nprobe that reaches the recall, which is no less than with more coverage, and how
-    many shards it touches; it ends where no nprobe does. Each shard gives `count` candidates."""
+    many shards it touches; it ends where no nprobe does. Each shard gives K * factor candidates."""
     probes, reached = iter(PROBES), []
     nprobe = next(probes)
     for coverage in COVERAGES:
-        while (row := recall_at(files, truth, nprobe, coverage, count))["recall"] < RECALL:
+        while (row := recall_at(files, truth, nprobe, coverage, factor))["recall"] < RECALL:
             nprobe = next(probes, 0)
             if not nprobe:
                 return reached
@@ -563,11 +571,12 @@ def sweep(files: IndexFiles, truth: Truth, count: int) -> list[dict[str, float]]
     return reached
 
 
-def recall_at(files: IndexFiles, truth: Truth, nprobe: int, coverage: float, count: int) -> dict[str, float]:
-    candidates = files.search(truth.queries, nprobe, coverage, count)
+def recall_at(files: IndexFiles, truth: Truth, nprobe: int, coverage: float, factor: int) -> dict[str, float]:
+    candidates = files.search(truth.queries, nprobe, coverage, K * factor)
     recall = float(truth.hits(truth.rerank(candidates.numbers)).mean())
     touched = round(candidates.touched, 3)
-    return {"coverage": coverage, "nprobe": nprobe, "recall": round(recall, 4), "shards": touched}
+    recall = round(recall, 4)
+    return {"rerank_factor": factor, "coverage": coverage, "nprobe": nprobe, "recall": recall, "shards": touched}
 
 
 # ---- part: cold
@@ -688,7 +697,11 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     note(f"first run: {stage_text(first)}, evaluation {first.stage_s.get(EVALUATION, 0)}")
     with open_index(str(corpus.root), ALIAS) as index:
         manifest = index.manifest
-    found: dict[str, Any] = {"factory": manifest["faiss"]["factory"]}
+    found: dict[str, Any] = {
+        "factory": manifest["faiss"]["factory"],
+        "known": corpus.known,
+        "dimension": manifest["dimension"],
+    }
     vectors = read_vectors(corpus, options.rows) if {"gap", "routing"} & set(options.parts) else None
     for part in options.parts:
         started = time.perf_counter()
@@ -739,9 +752,8 @@ def all_met(found: dict[str, Any]) -> bool:
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['rows']:,} x {result['dimension']}: perturbed copies of real vectors (Gaussian noise of length "
-        f"{result['noise']:g}), {result['queries']} held-out real vectors as queries, k {K}, recall {RECALL}; "
-        f"{result['factory']} in {result['shards']} shards ({result['sharding']}); "
+        f"{result['rows']:,} x {result['dimension']}: {result['data']}, {result['queries']} held-out real vectors as "
+        f"queries, k {K}, recall {RECALL}; {result['factory']} in {result['shards']} shards ({result['sharding']}); "
         f"{result['machine']}, {result['date']}",
         "",
         "| figure | value | bar | |",
@@ -773,8 +785,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--nlist", type=int, default=1024)
     parser.add_argument("--opq", action="store_true")
-    parser.add_argument("--iterations", type=int, default=0, help="of k-means over all rows, after the sample")
-    parser.add_argument("--training-rows", type=int, default=262_144)
+    parser.add_argument("--iterations", type=int, default=2, help="of k-means over all rows, after the sample")
+    parser.add_argument("--training-rows", type=int, default=TRAINING_ROWS)
     parser.add_argument("--cold-queries", type=int, default=20)
     parser.add_argument("--work", type=Path, help="a folder that is kept, and used again by the next call")
     parser.add_argument("--json", action="store_true", help="print one last line of JSON")
@@ -797,7 +809,17 @@ def main() -> None:
         found = measure_parts(options, folder.resolve())
     stated = {name: getattr(options, name) for name in STATED}
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
-    result = {"date": date.today().isoformat(), "machine": machine, "dimension": 384, **stated, **found}
+    data = f"perturbed copies of {found['known']:,} real vectors (Gaussian noise of length {options.noise:g})"
+    if options.noise == 0 and options.rows <= found["known"]:
+        data = "real vectors"
+    result = {
+        "data": data,
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "dimension": found["dimension"],
+        **stated,
+        **found,
+    }
     sys.stdout.write(markdown(result) + "\n")
     if options.json:
         sys.stdout.write(json.dumps({**figures(found), **result}) + "\n")
