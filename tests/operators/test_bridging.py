@@ -1,0 +1,340 @@
+"""Adapters against planted maps: what each can represent it recovers, and pairs that say nothing fail the gate."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from penstock.operators.adapter_fitting import Pairs, fit_adapter, fit_linear
+from penstock.operators.adapters import (
+    METHOD_TYPES,
+    Adapter,
+    LowRank,
+    Method,
+    Procrustes,
+    ResidualMlp,
+    Ridge,
+    gelu,
+    method_from_json,
+    method_to_json,
+)
+from penstock.operators.bridging import (
+    BridgeRecord,
+    Candidate,
+    Direction,
+    SpaceIdentity,
+    Trial,
+    Verdict,
+    WrongSpace,
+    agreement,
+    choose_adapter,
+    joined,
+    judge_bridge,
+    neighbour_agreement,
+    pairs_hash,
+    record_bridge,
+)
+from penstock.operators.encoding import Encoder
+from penstock.operators.indexing import Metric
+from penstock.operators.moments import moments_of
+from penstock.operators.searching import normalize
+from penstock.operators.tensors import pack
+
+D = 16
+COSINE, INNER = Metric.COSINE, Metric.INNER_PRODUCT
+METHODS: list[Method] = [Procrustes(), Ridge(1e-3), LowRank(8, 1e-3), ResidualMlp(16, 1e-3, seed=1)]
+
+
+def _rotation(seed: int, dimension: int = D) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((dimension, dimension)))[0]
+
+
+def _texts(seed: int, rows: int, dimension: int = D) -> np.ndarray:
+    """Vectors of one space: not centred, and of unequal variances."""
+    generator = np.random.default_rng(seed)
+    spread = np.geomspace(1, 0.2, dimension)
+    return generator.standard_normal((rows, dimension)) * spread + np.linspace(-0.5, 0.5, dimension)
+
+
+def _curved(source: np.ndarray) -> np.ndarray:
+    """A map that no affine one is near: distances along two axes are folded."""
+    generator = np.random.default_rng(9)
+    hidden = np.abs(source @ generator.standard_normal((source.shape[1], 2 * source.shape[1])))
+    return normalize(hidden @ generator.standard_normal((hidden.shape[1], source.shape[1])) - 0.5)
+
+
+def test_procrustes_recovers_a_planted_rotation_and_the_means() -> None:
+    source = _texts(1, 300)
+    rotation = _rotation(2)
+    pairs = Pairs(source, source @ rotation + 3)
+    adapter = fit_adapter(Procrustes(), pairs, INNER)
+    np.testing.assert_allclose(adapter.arrays["matrix"], rotation, atol=1e-6)
+    np.testing.assert_allclose(adapter.apply(_texts(3, 50)), _texts(3, 50) @ rotation + 3, atol=1e-5)
+
+
+def test_rotated_queries_find_all_that_their_own_would() -> None:
+    queries, documents, rotation = normalize(_texts(1, 100)), normalize(_texts(2, 500)), _rotation(3)
+    known = normalize(_texts(4, 200))
+    adapter = fit_adapter(Procrustes(), Pairs(known, known @ rotation), COSINE)
+    trial = Trial(Direction.QUERIES_TO_OLD, Pairs(queries, queries @ rotation), normalize(documents @ rotation))
+    np.testing.assert_array_equal(agreement(adapter, trial), 1)
+
+
+def test_the_same_model_is_bridged_by_the_identity() -> None:
+    vectors = _texts(1, 300)
+    for method in (Procrustes(), Ridge(0)):
+        adapter = fit_adapter(method, Pairs(vectors, vectors), INNER)
+        np.testing.assert_allclose(adapter.arrays["matrix"], np.eye(D), atol=1e-6)
+        np.testing.assert_allclose(adapter.arrays["bias"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [(12, 20), (20, 12)])
+def test_procrustes_between_unequal_dimensions_is_orthonormal(dimensions: tuple[int, int]) -> None:
+    small, large = min(dimensions), max(dimensions)
+    axes = _rotation(5, large)[:small]
+    planted = axes if dimensions[0] == small else axes.T
+    source = np.random.default_rng(7).standard_normal((4_000, dimensions[0]))
+    adapter = fit_adapter(Procrustes(), Pairs(source, source @ planted), INNER)
+    matrix = adapter.arrays["matrix"].astype(np.float64)
+    gram = matrix @ matrix.T if dimensions[0] == small else matrix.T @ matrix
+    np.testing.assert_allclose(gram, np.eye(small), atol=1e-6)
+    np.testing.assert_allclose(matrix, planted, atol=1e-6 if dimensions[0] == small else 0.1)
+
+
+def test_ridge_recovers_a_planted_affine_map() -> None:
+    source = _texts(1, 300)
+    generator = np.random.default_rng(2)
+    matrix, bias = generator.standard_normal((D, 10)), generator.standard_normal(10)
+    adapter = fit_adapter(Ridge(0), Pairs(source, source @ matrix + bias), INNER)
+    np.testing.assert_allclose(adapter.arrays["matrix"], matrix, atol=1e-5)
+    np.testing.assert_allclose(adapter.arrays["bias"], bias, atol=1e-5)
+
+
+def test_ridge_is_the_solution_of_its_normal_equations() -> None:
+    pairs = Pairs(_texts(1, 40), _texts(2, 40), np.random.default_rng(3).uniform(0.1, 2, 40))
+    adapter = fit_adapter(Ridge(0.1), pairs, INNER)
+    weights = pairs.weights
+    assert weights is not None
+    x, y = (side - np.average(side, axis=0, weights=weights) for side in (pairs.source, pairs.target))
+    own = (x.T * weights) @ x / weights.sum()
+    matrix = np.linalg.inv(own + 0.1 * np.trace(own) / D * np.eye(D)) @ (x.T * weights) @ y / weights.sum()
+    np.testing.assert_allclose(adapter.arrays["matrix"], matrix, atol=1e-6)
+    mean = np.average(pairs.source, axis=0, weights=weights)[None]
+    np.testing.assert_allclose(adapter.apply(mean)[0], np.average(pairs.target, axis=0, weights=weights), atol=1e-5)
+
+
+def test_low_rank_recovers_a_planted_map_of_its_rank_and_is_best_among_such() -> None:
+    source, generator = _texts(1, 400), np.random.default_rng(2)
+    planted = generator.standard_normal((D, 3)) @ generator.standard_normal((3, D))
+    adapter = fit_adapter(LowRank(3, 0), Pairs(source, source @ planted), INNER)
+    np.testing.assert_allclose(adapter.arrays["down"] @ adapter.arrays["up"], planted, atol=1e-4)
+    target = source @ planted + 0.5 * generator.standard_normal((400, D))
+    best = _squared_error(LowRank(2, 0), source, target)
+    ridge = fit_adapter(Ridge(0), Pairs(source, target), INNER).arrays["matrix"].astype(np.float64)
+    left, values, right = np.linalg.svd(ridge)
+    truncated = (left[:, :2] * values[:2]) @ right[:2]
+    centred, wanted = source - source.mean(axis=0), target - target.mean(axis=0)
+    assert best < float(((centred @ truncated - wanted) ** 2).mean())
+    assert _squared_error(LowRank(D, 0), source, target) == pytest.approx(_squared_error(Ridge(0), source, target))
+
+
+def _squared_error(method: Method, source: np.ndarray, target: np.ndarray) -> float:
+    found = fit_adapter(method, Pairs(source, target), INNER).apply(source)
+    return float(((found - target) ** 2).mean())
+
+
+def test_moments_of_parts_fit_what_the_pairs_fit() -> None:
+    pairs = Pairs(_texts(1, 300), _curved(_texts(1, 300)))
+    rows = np.concatenate([pairs.source, pairs.target], axis=1)
+    parts = [moments_of(part, rows[0]) for part in np.array_split(rows, 4)]
+    total = parts[3].merged(parts[1]).merged(parts[0].merged(parts[2]))
+    for method in (Procrustes(), Ridge(), LowRank(4)):
+        apart, whole = fit_linear(method, total, D, COSINE), fit_adapter(method, pairs, COSINE)
+        np.testing.assert_allclose(apart.apply(pairs.source), whole.apply(pairs.source), atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [COSINE, INNER])
+def test_the_network_learns_what_is_not_affine(metric: Metric) -> None:
+    source, queries, documents = _texts(1, 3_000), _texts(2, 100), _texts(3, 400)
+    trial = Trial(Direction.QUERIES_TO_OLD, Pairs(queries, _curved(queries)), _curved(documents))
+    pairs = Pairs(source, _curved(source))
+    affine, network = (fit_adapter(method, pairs, metric) for method in (Ridge(1e-3), ResidualMlp(64, 1e-3, 5)))
+    assert agreement(network, trial).mean() > agreement(affine, trial).mean() + 0.15
+    again = fit_adapter(ResidualMlp(64, 1e-3, 5), pairs, metric)
+    assert again.to_bytes() == network.to_bytes() != fit_adapter(ResidualMlp(64, 1e-3, 6), pairs, metric).to_bytes()
+
+
+def test_validation_chooses_what_was_planted() -> None:
+    source, held_out, documents = (normalize(_texts(seed, rows)) for seed, rows in ((1, 2_500), (2, 100), (3, 400)))
+    rotation = _rotation(4)
+    for planted, kinds in (
+        (lambda rows: normalize(rows @ rotation), (Procrustes, Ridge)),
+        (_curved, (ResidualMlp,)),
+    ):
+        trial = Trial(Direction.QUERIES_TO_OLD, Pairs(held_out, planted(held_out)), planted(documents))
+        adapter, tried = choose_adapter(Pairs(source, planted(source)), trial, COSINE, seed=3)
+        assert isinstance(adapter.method, kinds)
+        best = max(one.agreement.mean() for one in tried)
+        assert next(one for one in tried if one.method == adapter.method).agreement.mean() == best
+        assert {type(one.method) for one in tried} == {Procrustes, Ridge, ResidualMlp}  # 64 dimensions are all there are
+
+
+def test_low_ranks_are_tried_where_there_are_dimensions_to_spare() -> None:
+    source, target = normalize(_texts(1, 300, 80)), normalize(_texts(1, 300, 80) @ _rotation(2, 80))
+    trial = Trial(Direction.QUERIES_TO_OLD, Pairs(source, target).take(np.arange(20)), target)
+    _, tried = choose_adapter(Pairs(source, target).take(np.arange(20, 300)), trial, COSINE, 1)
+    assert [one.method.rank for one in tried if isinstance(one.method, LowRank)] == [64]
+
+
+def test_old_documents_are_bridged_into_the_new_space() -> None:
+    old, queries = normalize(_texts(1, 400)), normalize(_texts(2, 50))
+    rotation = _rotation(3)
+    adapter = fit_adapter(Ridge(1e-6), Pairs(old, normalize(old @ rotation)), COSINE)
+    trial = Trial(Direction.DOCUMENTS_TO_NEW, Pairs(old, normalize(old @ rotation)), normalize(queries @ rotation))
+    assert agreement(adapter, trial).mean() > 0.999
+    backwards = fit_adapter(Ridge(1e-6), Pairs(old, old), COSINE)
+    assert agreement(backwards, trial).mean() < 0.2
+
+
+def test_shuffled_pairs_fail_the_gate() -> None:
+    queries, documents, rotation = normalize(_texts(1, 200)), normalize(_texts(2, 300)), _rotation(3)
+    known = normalize(_texts(4, 400))
+    trial = Trial(Direction.QUERIES_TO_OLD, Pairs(queries, queries @ rotation), normalize(documents @ rotation))
+    true, reference = Pairs(known, known @ rotation), np.ones(len(queries))
+    for pairs, passes in ((true, True), (true.shuffled(1), False)):
+        for method in METHODS:
+            bridged = agreement(fit_adapter(method, pairs, COSINE), trial)
+            control = agreement(fit_adapter(method, pairs.shuffled(7), COSINE), trial)
+            verdict = judge_bridge(bridged, reference, control, seed=1, least_recovery=0.3)
+            assert verdict.passes == passes, (method, verdict)
+
+
+def test_the_control_refuses_what_only_predicts_the_mean() -> None:
+    """Shuffled pairs and a quality that they reach too, since all texts are alike: no recovery makes up for it."""
+    verdict = judge_bridge(np.full(50, 0.95), np.ones(50), np.full(50, 0.95), seed=1)
+    assert verdict.recovery.low > verdict.least_recovery
+    assert not verdict.passes
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("metric", [COSINE, INNER])
+def test_saved_adapters_answer_bit_for_bit(method: Method, metric: Metric) -> None:
+    source, target = _texts(1, 200), _texts(2, 200, 12)
+    adapter = fit_adapter(method, Pairs(source, target), metric)
+    loaded = Adapter.from_bytes(adapter.to_bytes())
+    assert loaded.to_bytes() == adapter.to_bytes()
+    assert loaded.method == method and loaded.metric is metric
+    assert loaded.content_hash() == adapter.content_hash()
+    mapped = loaded.apply(source)
+    np.testing.assert_array_equal(mapped, adapter.apply(source))
+    assert mapped.dtype == np.float32 and mapped.shape == (200, 12)
+    np.testing.assert_allclose(mapped[:3], loaded.apply(source[:3]), atol=1e-5)
+    if metric is COSINE:
+        np.testing.assert_allclose(np.linalg.norm(mapped, axis=1), 1, atol=1e-6)
+    assert method_from_json(json.loads(json.dumps(method_to_json(method)))) == method
+
+
+def test_the_networks_arithmetic_is_torchs() -> None:
+    import torch
+
+    values = np.linspace(-6, 6, 1_001, dtype=np.float32)
+    expected = torch.nn.functional.gelu(torch.from_numpy(values), approximate="tanh").numpy()
+    np.testing.assert_allclose(gelu(values), expected, atol=1e-6)
+
+
+def test_agreement_counts_common_neighbours() -> None:
+    queries, documents = normalize(_texts(1, 30)), normalize(_texts(2, 200))
+    other = normalize(documents + 0.3 * _texts(3, 200))
+    expected = [
+        len(set(np.argsort(-(query @ documents.T))[:5]) & set(np.argsort(-(query @ other.T))[:5])) / 5
+        for query in queries
+    ]
+    np.testing.assert_allclose(neighbour_agreement((queries, documents), (queries, other), COSINE, 5), expected)
+
+
+def _identity(name: str, dimension: int = D) -> SpaceIdentity:
+    return SpaceIdentity(name, f"space of {name}", f"weights of {name}", dimension)
+
+
+def _record() -> tuple[BridgeRecord, Adapter]:
+    pairs = Pairs(_texts(1, 100), _texts(2, 100))
+    adapter = fit_adapter(Ridge(0.1), pairs, COSINE)
+    tried = [Candidate(Ridge(0.1), np.linspace(0, 1, 20)), Candidate(LowRank(4), np.zeros(20))]
+    verdict = judge_bridge(np.linspace(0.5, 1, 20), np.ones(20), np.zeros(20), seed=4)
+    identities = _identity("new"), _identity("old")
+    return record_bridge(Direction.QUERIES_TO_OLD, identities, pairs, (adapter, tried), verdict, 4), adapter
+
+
+def test_records_are_plain_data_that_is_read_back() -> None:
+    record, adapter = _record()
+    written = json.loads(json.dumps(record.to_json()))
+    assert BridgeRecord.from_json(written) == record
+    assert written["candidates"][0]["agreement_at_10"]["estimate"] == 0.5
+    assert (written["pairs"], written["adapter_hash"]) == (100, adapter.content_hash())
+    assert written["verdict"]["passes"] is False
+    with pytest.raises(ValueError, match=r"version of an adapter's record \(2\) must be 1"):
+        BridgeRecord.from_json(written | {"version": 2})
+
+
+def test_a_record_refuses_other_spaces_and_adapters() -> None:
+    record, adapter = _record()
+    record.refuse_other(adapter, "space of new", "space of old")
+    with pytest.raises(WrongSpace, match="leads from space space of new of new, asked for space of old"):
+        record.refuse_other(adapter, "space of old", "space of new")
+    with pytest.raises(WrongSpace, match="leads to space space of old of old, asked for another"):
+        record.refuse_other(adapter, "space of new", "another")
+    with pytest.raises(WrongSpace, match=f"must be {adapter.content_hash()[:16]}, which the record is of"):
+        record.refuse_other(replace(adapter, metric=INNER), "space of new", "space of old")
+
+
+def test_identity_of_an_encoder_leaves_prompts_out() -> None:
+    encoder = Encoder("m", "w", "t", "c", 8, 2, D, "query: ", True)
+    assert SpaceIdentity.of(encoder) == SpaceIdentity.of(replace(encoder, prompt="", task="query"))
+    assert SpaceIdentity.of(encoder).space != SpaceIdentity.of(replace(encoder, weights_hash="v")).space
+
+
+def test_pairs_are_joined_with_their_weights_and_known_by_their_hash() -> None:
+    one, other = Pairs(_texts(1, 5), _texts(2, 5)), Pairs(_texts(3, 4), _texts(4, 4), np.full(4, 2.0))
+    both = joined(one, other)
+    np.testing.assert_array_equal(both.weights, [1] * 5 + [2] * 4)
+    assert joined(one, one).weights is None
+    assert pairs_hash(one) == pairs_hash(Pairs(one.source, one.target, np.ones(5))) != pairs_hash(both)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Pairs(np.ones((2, 3)), np.ones((3, 3))), r"target vectors of pairs \(shape \(3, 3\)\)"),
+        (lambda: Pairs(np.ones((0, 3)), np.ones((0, 3))), r"source vectors of pairs \(shape \(0, 3\)\)"),
+        (lambda: fit_adapter(Ridge(), Pairs(np.ones((9, 3)), _texts(1, 9)), COSINE), "mean variance 0"),
+        (lambda: fit_adapter(LowRank(20), Pairs(_texts(1, 9), _texts(2, 9)), COSINE), r"rank of low_rank \(20\)"),
+        (lambda: Ridge(-1), r"penalty of ridge \(-1\)"),
+        (lambda: LowRank(0), r"rank of low_rank \(0\) must be at least 1"),
+        (lambda: ResidualMlp(0), r"hidden of residual_mlp \(0\)"),
+        (lambda: ResidualMlp(seed=-1), r"seed of residual_mlp \(-1\)"),
+        (lambda: method_from_json({"type": "magic"}), rf"\(magic\) is none of {', '.join(METHOD_TYPES)}"),
+        (lambda: method_from_json({"type": "ridge", "rank": 3}), r"parameter rank \(3\) of ridge is none of"),
+        (lambda: Adapter(Ridge(), COSINE, 3, 3, {}), r"arrays of ridge \(shapes \{\}\) must have the shapes"),
+        (lambda: _affine(np.full((3, 3), np.nan)), r"array matrix of ridge \(float32\) must hold finite"),
+        (lambda: _affine(np.eye(3)).apply(np.ones((2, 4))), r"vectors to adapt \(shape \(2, 4\)\)"),
+        (lambda: _affine(np.zeros((3, 3))).apply(np.ones((2, 3))), r"vector 0 \(of length 0.0 in the target space\)"),
+        (lambda: Adapter.from_bytes(pack("moments", {}, {})), "must be of kind adapter, version 1, got kind moments"),
+        (lambda: Adapter.from_bytes(b"torn"), r"adapter \(4 bytes\) must be a safetensors file"),
+    ],
+)
+def test_errors_name_what_is_wrong(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+def _affine(matrix: np.ndarray) -> Adapter:
+    arrays = {"matrix": matrix.astype(np.float32), "bias": np.zeros(3, np.float32)}
+    return Adapter(Ridge(), COSINE, 3, 3, arrays)
+
+
+def test_verdicts_need_both_halves() -> None:
+    record, _ = _record()
+    verdict = record.verdict
+    assert isinstance(verdict, Verdict) and not verdict.passes
+    assert replace(verdict, least_recovery=0.1).passes
