@@ -46,7 +46,7 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """A corpus in one space: unit float32 vectors of documents, of queries to fit on, and of queries to measure with."""
+    """A corpus in one space: unit float32 vectors of documents, of queries to fit on and of queries to measure with."""
 
     documents: np.ndarray
     fitting_queries: np.ndarray
@@ -84,7 +84,9 @@ def scifact(folder: Path, documents: int) -> Texts:
     rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text("utf-8").splitlines()]
     judged = _judgements(folder / "qrels.tsv")
     wanted = {document for relevant in judged.values() for document in relevant}
-    rows = ([row for row in rows if row["_id"] in wanted] + [row for row in rows if row["_id"] not in wanted])[:documents]
+    rows = ([row for row in rows if row["_id"] in wanted] + [row for row in rows if row["_id"] not in wanted])[
+        :documents
+    ]
     place = {row["_id"]: number for number, row in enumerate(rows)}
     claims = _claims(folder / "queries.jsonl")
     asked = [name for name in claims if name in judged]
@@ -137,7 +139,8 @@ def load_spaces(texts: Texts, folder: Path, note: Callable[[str], None]) -> dict
             note(f"encoding {folder.name} in {name}")
             worker = _worker(name, texts, folder)
             parts = {
-                part: worker.encode(getattr(texts, part)).require() for part in ("documents", "fitting_queries", "queries")
+                part: worker.encode(getattr(texts, part)).require()
+                for part in ("documents", "fitting_queries", "queries")
             }
             np.savez(kept, **parts)
         with np.load(kept) as arrays:

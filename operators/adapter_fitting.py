@@ -5,7 +5,7 @@ network needs the pairs themselves.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import numpy as np
 
@@ -152,19 +152,29 @@ def _first_parameters(method: ResidualMlp, base: Adapter, generator: "torch.Gene
     return {name: tensor.requires_grad_() for name, tensor in parameters.items()}
 
 
-def _tensors(pairs: Pairs) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+class _Tensors(NamedTuple):
+    """Pairs for torch, weights with a mean of 1."""
+
+    source: "torch.Tensor"
+    target: "torch.Tensor"
+    weights: "torch.Tensor"
+
+    def take(self, rows: "torch.Tensor") -> "_Tensors":
+        return _Tensors(self.source[rows], self.target[rows], self.weights[rows])
+
+
+def _tensors(pairs: Pairs) -> _Tensors:
     import torch
 
     weights = np.ones(len(pairs)) if pairs.weights is None else pairs.weights
-    scaled = weights / weights.mean()
-    source, target, weighed = (torch.tensor(array, dtype=torch.float32) for array in (pairs.source, pairs.target, scaled))
-    return source, target, weighed
+    arrays = pairs.source, pairs.target, weights / weights.mean()
+    return _Tensors(*(torch.tensor(array, dtype=torch.float32) for array in arrays))
 
 
 def _train(
     parameters: "dict[str, torch.Tensor]",
-    fitted: "tuple[torch.Tensor, torch.Tensor, torch.Tensor]",
-    stopping: "tuple[torch.Tensor, torch.Tensor, torch.Tensor]",
+    fitted: _Tensors,
+    stopping: _Tensors,
     metric: Metric,
     generator: "torch.Generator",
 ) -> dict[str, np.ndarray]:
@@ -172,13 +182,13 @@ def _train(
     import torch
 
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    least, best, waited = _loss_of(parameters, stopping, metric), _copied(parameters), 0
+    least, best, waited = _loss_without_gradient(parameters, stopping, metric), _copied(parameters), 0
     for _ in range(MOST_EPOCHS):
-        for batch in torch.randperm(len(fitted[0]), generator=generator).split(BATCH_PAIRS):
+        for batch in torch.split(torch.randperm(len(fitted.source), generator=generator), BATCH_PAIRS):
             optimizer.zero_grad()
-            _loss(parameters, *(part[batch] for part in fitted), metric).backward()
+            torch.autograd.backward(_loss(parameters, fitted.take(batch), metric))
             optimizer.step()
-        loss = _loss_of(parameters, stopping, metric)
+        loss = _loss_without_gradient(parameters, stopping, metric)
         waited += 1
         if loss < least:
             least, best, waited = loss, _copied(parameters), 0
@@ -187,32 +197,24 @@ def _train(
     return best
 
 
-def _loss_of(
-    parameters: "dict[str, torch.Tensor]", pairs: "tuple[torch.Tensor, torch.Tensor, torch.Tensor]", metric: Metric
-) -> float:
+def _loss_without_gradient(parameters: "dict[str, torch.Tensor]", pairs: _Tensors, metric: Metric) -> float:
     import torch
 
     with torch.no_grad():
-        return float(_loss(parameters, *pairs, metric))
+        return float(_loss(parameters, pairs, metric))
 
 
-def _loss(
-    parameters: "dict[str, torch.Tensor]",
-    source: "torch.Tensor",
-    target: "torch.Tensor",
-    weights: "torch.Tensor",
-    metric: Metric,
-) -> "torch.Tensor":
+def _loss(parameters: "dict[str, torch.Tensor]", pairs: _Tensors, metric: Metric) -> "torch.Tensor":
     """One less the cosine under cosine, else the squared error: the weighted mean over pairs."""
     from torch.nn.functional import cosine_similarity, gelu
 
-    hidden = gelu(source @ parameters["inner"] + parameters["inner_bias"], approximate="tanh")
-    mapped = source @ parameters["matrix"] + hidden @ parameters["outer"] + parameters["bias"]
+    hidden = gelu(pairs.source @ parameters["inner"] + parameters["inner_bias"], approximate="tanh")
+    mapped = pairs.source @ parameters["matrix"] + hidden @ parameters["outer"] + parameters["bias"]
     match metric:
         case Metric.COSINE:
-            return (weights * (1 - cosine_similarity(mapped, target, dim=1))).mean()
+            return (pairs.weights * (1 - cosine_similarity(mapped, pairs.target, dim=1))).mean()
         case Metric.INNER_PRODUCT:
-            return (weights * ((mapped - target) ** 2).sum(dim=1)).mean()
+            return (pairs.weights * ((mapped - pairs.target) ** 2).sum(dim=1)).mean()
         case _:
             assert_never(metric)
 

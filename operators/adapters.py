@@ -211,8 +211,8 @@ def array_shapes(method: Method, input_dimension: int, output_dimension: int) ->
 
 
 def gelu(values: np.ndarray) -> np.ndarray:
-    """The Gaussian error linear unit in its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415), as torch has it."""
-    inner = values * values
+    """The Gaussian error linear unit in its tanh form, as torch has it (Hendrycks, Gimpel 2016, arXiv:1606.08415)."""
+    inner: np.ndarray = values * values
     inner *= np.float32(0.044715 * 0.7978845608)
     inner += np.float32(0.7978845608)
     inner *= values

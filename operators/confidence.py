@@ -41,7 +41,9 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray, seed: int) -> Inte
     """
     checked = _checked(values, "values"), _checked(reference, "reference")
     if len(values) != len(reference):
-        raise ValueError(f"values ({len(values)}) must be as many as the reference ({len(reference)}), for each query one")
+        raise ValueError(
+            f"values ({len(values)}) must be as many as the reference ({len(reference)}), for each query one"
+        )
     both = np.stack(checked, axis=1)
     if both[:, 1].mean() <= 0:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,20 +21,22 @@ from penstock.operators.adapters import (
     method_to_json,
 )
 from penstock.operators.bridging import (
+    QUERY_WEIGHTS,
     BridgeRecord,
     Candidate,
     Direction,
+    Fit,
+    Sample,
     SpaceIdentity,
     Trial,
     Verdict,
     WrongSpace,
     agreement,
-    choose_adapter,
-    joined,
+    choose_fit,
     judge_bridge,
     neighbour_agreement,
-    pairs_hash,
     record_bridge,
+    sample_hash,
 )
 from penstock.operators.encoding import Encoder
 from penstock.operators.indexing import Metric
@@ -173,18 +176,31 @@ def test_validation_chooses_what_was_planted() -> None:
         (_curved, (ResidualMlp,)),
     ):
         trial = Trial(Direction.QUERIES_TO_OLD, Pairs(held_out, planted(held_out)), planted(documents))
-        adapter, tried = choose_adapter(Pairs(source, planted(source)), trial, COSINE, seed=3)
-        assert isinstance(adapter.method, kinds)
-        best = max(one.agreement.mean() for one in tried)
-        assert next(one for one in tried if one.method == adapter.method).agreement.mean() == best
-        assert {type(one.method) for one in tried} == {Procrustes, Ridge, ResidualMlp}  # 64 dimensions are all there are
+        sample = Sample(Pairs(source, planted(source)))
+        chosen, tried = choose_fit(sample, partial(agreement, trial=trial), COSINE, seed=3)
+        assert isinstance(chosen.method, kinds)
+        best = max(one.quality.mean() for one in tried)
+        assert next(one for one in tried if one.fit == chosen).quality.mean() == best
+        assert {type(one.fit.method) for one in tried} == {Procrustes, Ridge, ResidualMlp}  # no 64 dimensions
+        assert {one.fit.query_weight for one in tried} == {1.0}
 
 
-def test_low_ranks_are_tried_where_there_are_dimensions_to_spare() -> None:
-    source, target = normalize(_texts(1, 300, 80)), normalize(_texts(1, 300, 80) @ _rotation(2, 80))
-    trial = Trial(Direction.QUERIES_TO_OLD, Pairs(source, target).take(np.arange(20)), target)
-    _, tried = choose_adapter(Pairs(source, target).take(np.arange(20, 300)), trial, COSINE, 1)
-    assert [one.method.rank for one in tried if isinstance(one.method, LowRank)] == [64]
+def test_low_ranks_and_weights_of_queries_are_tried_where_there_are_any() -> None:
+    pairs = Pairs(normalize(_texts(1, 300, 80)), normalize(_texts(1, 300, 80) @ _rotation(2, 80)))
+    held_out, queries, documents = (pairs.take(np.arange(*edges)) for edges in ((0, 20), (20, 50), (50, 300)))
+    trial = Trial(Direction.QUERIES_TO_OLD, held_out, pairs.target)
+    _, tried = choose_fit(Sample(documents, queries), partial(agreement, trial=trial), COSINE, 1)
+    assert [one.fit.method.rank for one in tried if isinstance(one.fit.method, LowRank)] == [64]
+    assert {one.fit.query_weight for one in tried} == set(QUERY_WEIGHTS)
+
+
+def test_queries_that_lie_elsewhere_are_mapped_by_what_they_weigh() -> None:
+    documents, queries = _texts(1, 200), _texts(2, 50)
+    sample = Sample(Pairs(documents, documents), Pairs(queries, queries + 2))
+    alone, both = (Fit(Ridge(0), weight).adapter(sample, INNER) for weight in (0.0, 1e6))
+    np.testing.assert_allclose(alone.apply(documents), documents, atol=1e-5)
+    np.testing.assert_allclose(both.apply(queries), queries + 2, atol=1e-2)
+    np.testing.assert_array_equal(Sample(sample.documents).weighed(4).source, documents)
 
 
 def test_old_documents_are_bridged_into_the_new_space() -> None:
@@ -201,11 +217,11 @@ def test_shuffled_pairs_fail_the_gate() -> None:
     queries, documents, rotation = normalize(_texts(1, 200)), normalize(_texts(2, 300)), _rotation(3)
     known = normalize(_texts(4, 400))
     trial = Trial(Direction.QUERIES_TO_OLD, Pairs(queries, queries @ rotation), normalize(documents @ rotation))
-    true, reference = Pairs(known, known @ rotation), np.ones(len(queries))
-    for pairs, passes in ((true, True), (true.shuffled(1), False)):
+    true, reference = Sample(Pairs(known, known @ rotation), trial.pairs.take(np.arange(50))), np.ones(len(queries))
+    for sample, passes in ((true, True), (true.shuffled(1), False)):
         for method in METHODS:
-            bridged = agreement(fit_adapter(method, pairs, COSINE), trial)
-            control = agreement(fit_adapter(method, pairs.shuffled(7), COSINE), trial)
+            bridged = agreement(Fit(method).adapter(sample, COSINE), trial)
+            control = agreement(Fit(method).adapter(sample.shuffled(7), COSINE), trial)
             verdict = judge_bridge(bridged, reference, control, seed=1, least_recovery=0.3)
             assert verdict.passes == passes, (method, verdict)
 
@@ -258,20 +274,21 @@ def _identity(name: str, dimension: int = D) -> SpaceIdentity:
 
 
 def _record() -> tuple[BridgeRecord, Adapter]:
-    pairs = Pairs(_texts(1, 100), _texts(2, 100))
-    adapter = fit_adapter(Ridge(0.1), pairs, COSINE)
-    tried = [Candidate(Ridge(0.1), np.linspace(0, 1, 20)), Candidate(LowRank(4), np.zeros(20))]
+    sample, fit = Sample(Pairs(_texts(1, 100), _texts(2, 100))), Fit(Ridge(0.1), 4.0)
+    adapter = fit.adapter(sample, COSINE)
+    tried = [Candidate(fit, np.linspace(0, 1, 20)), Candidate(Fit(LowRank(4)), np.zeros(20))]
     verdict = judge_bridge(np.linspace(0.5, 1, 20), np.ones(20), np.zeros(20), seed=4)
     identities = _identity("new"), _identity("old")
-    return record_bridge(Direction.QUERIES_TO_OLD, identities, pairs, (adapter, tried), verdict, 4), adapter
+    return record_bridge(Direction.QUERIES_TO_OLD, identities, sample, (fit, tried), adapter, verdict, 4), adapter
 
 
 def test_records_are_plain_data_that_is_read_back() -> None:
     record, adapter = _record()
     written = json.loads(json.dumps(record.to_json()))
     assert BridgeRecord.from_json(written) == record
-    assert written["candidates"][0]["agreement_at_10"]["estimate"] == 0.5
-    assert (written["pairs"], written["adapter_hash"]) == (100, adapter.content_hash())
+    assert written["candidates"][0]["quality"]["estimate"] == 0.5
+    assert (written["documents"], written["queries"]) == (100, 0)
+    assert written["adapter_hash"] == adapter.content_hash()
     assert written["verdict"]["passes"] is False
     with pytest.raises(ValueError, match=r"version of an adapter's record \(2\) must be 1"):
         BridgeRecord.from_json(written | {"version": 2})
@@ -294,12 +311,11 @@ def test_identity_of_an_encoder_leaves_prompts_out() -> None:
     assert SpaceIdentity.of(encoder).space != SpaceIdentity.of(replace(encoder, weights_hash="v")).space
 
 
-def test_pairs_are_joined_with_their_weights_and_known_by_their_hash() -> None:
-    one, other = Pairs(_texts(1, 5), _texts(2, 5)), Pairs(_texts(3, 4), _texts(4, 4), np.full(4, 2.0))
-    both = joined(one, other)
-    np.testing.assert_array_equal(both.weights, [1] * 5 + [2] * 4)
-    assert joined(one, one).weights is None
-    assert pairs_hash(one) == pairs_hash(Pairs(one.source, one.target, np.ones(5))) != pairs_hash(both)
+def test_samples_are_known_by_their_hash() -> None:
+    one, other = Pairs(_texts(1, 5), _texts(2, 5)), Pairs(_texts(3, 4), _texts(4, 4))
+    hashes = {sample_hash(Sample(*parts)) for parts in ((one,), (one, other), (other, one), (one.shuffled(1),))}
+    assert len(hashes) == 4
+    assert sample_hash(Sample(one)) == sample_hash(Sample(one.take(np.arange(5))))
 
 
 @pytest.mark.parametrize(
