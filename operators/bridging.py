@@ -18,7 +18,6 @@ from enum import StrEnum
 from typing import Any, Self, assert_never
 
 import numpy as np
-import pyarrow as pa
 
 from penstock.operators.adapter_fitting import Pairs, fit_adapter
 from penstock.operators.adapters import (
@@ -33,10 +32,9 @@ from penstock.operators.adapters import (
 )
 from penstock.operators.confidence import Interval, mean_interval, ratio_interval
 from penstock.operators.encoding import Encoder
-from penstock.operators.evaluation import TIE_ROOM, exact_neighbours, recall_at_k
 from penstock.operators.indexing import Metric
+from penstock.operators.space_comparison import neighbour_agreement
 
-K = 10
 PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1)
 # Queries lie elsewhere than documents, and there are fewer of them. 4,000 abstracts and 809 claims: a claim that counts
 # 4 documents finds 0.54 of the true neighbours of new claims, one that counts 1 finds 0.52, none at all 0.41.
@@ -266,21 +264,6 @@ def agreement(adapter: Adapter, trial: Trial) -> np.ndarray:
             assert_never(trial.direction)
 
 
-def neighbour_agreement(
-    truth: tuple[np.ndarray, np.ndarray], found: tuple[np.ndarray, np.ndarray], metric: Metric, k: int = K
-) -> np.ndarray:
-    """The share of the k nearest documents of each query in one space that are the k nearest in another: float64 (q,).
-
-    Args:
-        truth, found: queries (q, d) and documents (n, d), the same ones in both.
-    """
-    expected, got = (
-        exact_neighbours(queries, [(_row_names(len(documents)), documents)], wanted, metric, [None] * len(queries))
-        for (queries, documents), wanted in ((truth, k + TIE_ROOM), (found, k))
-    )
-    return recall_at_k(got.ids, expected, k)
-
-
 def judge_bridge(
     bridged: np.ndarray, reference: np.ndarray, control: np.ndarray, seed: int, least_recovery: float = LEAST_RECOVERY
 ) -> Verdict:
@@ -359,7 +342,3 @@ def _fit_to_json(fit: Fit) -> dict[str, Any]:
 
 def _fit_from_json(value: Mapping[str, Any]) -> Fit:
     return Fit(method_from_json(value["method"]), value["query_weight"])
-
-
-def _row_names(rows: int) -> pa.Array:
-    return pa.array([str(row) for row in range(rows)])

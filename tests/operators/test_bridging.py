@@ -34,7 +34,6 @@ from penstock.operators.bridging import (
     agreement,
     choose_fit,
     judge_bridge,
-    neighbour_agreement,
     record_bridge,
     sample_hash,
 )
@@ -257,16 +256,6 @@ def test_the_networks_arithmetic_is_torchs() -> None:
     values = np.linspace(-6, 6, 1_001, dtype=np.float32)
     expected = torch.nn.functional.gelu(torch.from_numpy(values), approximate="tanh").numpy()
     np.testing.assert_allclose(gelu(values), expected, atol=1e-6)
-
-
-def test_agreement_counts_common_neighbours() -> None:
-    queries, documents = normalize(_texts(1, 30)), normalize(_texts(2, 200))
-    other = normalize(documents + 0.3 * _texts(3, 200))
-    expected = [
-        len(set(np.argsort(-(query @ documents.T))[:5]) & set(np.argsort(-(query @ other.T))[:5])) / 5
-        for query in queries
-    ]
-    np.testing.assert_allclose(neighbour_agreement((queries, documents), (queries, other), COSINE, 5), expected)
 
 
 def _identity(name: str, dimension: int = D) -> SpaceIdentity:
