@@ -60,8 +60,12 @@ class Pairs:
 
     def moments(self) -> Moments:
         """Those of rows [x, y], for fit_linear."""
-        joined = np.concatenate([self.source, self.target], axis=1)
+        joined = self.side_by_side()
         return moments_of(joined, joined.mean(axis=0, dtype=np.float64), self.weights)
+
+    def side_by_side(self) -> np.ndarray:
+        """Rows [x, y], (n, d_source + d_target)."""
+        return np.concatenate([self.source, self.target], axis=1)
 
 
 def fit_adapter(method: Method, pairs: Pairs, metric: Metric) -> Adapter:

@@ -15,11 +15,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from typing import Any, Self, assert_never
+from functools import cached_property
+from typing import Any, Self, TypeAlias, assert_never
 
 import numpy as np
 
-from penstock.operators.adapter_fitting import Pairs, fit_adapter
+from penstock.operators.adapter_fitting import Pairs, fit_adapter, fit_linear
 from penstock.operators.adapters import (
     Adapter,
     LowRank,
@@ -33,6 +34,7 @@ from penstock.operators.adapters import (
 from penstock.operators.confidence import Interval, mean_interval, ratio_interval
 from penstock.operators.encoding import Encoder
 from penstock.operators.indexing import Metric
+from penstock.operators.moments import Moments, moments_of
 from penstock.operators.space_comparison import neighbour_agreement
 
 PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1)
@@ -43,6 +45,9 @@ RANKS = (64, 128)
 HIDDEN = 256  # with it a vector of 384 dimensions takes 40 microseconds, on one core of an AMD EPYC
 LEAST_RECOVERY = 0.9
 RECORD_VERSION = 1
+FOLDS = 4
+
+Quality: TypeAlias = Callable[[Adapter, np.ndarray], np.ndarray]
 
 
 class Direction(StrEnum):
@@ -59,7 +64,8 @@ class WrongSpace(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Held-out pairs and the vectors of the target space that they are compared with, float32 (m, d_target).
+    """Pairs that an adapter was not fitted to, and the vectors of the target space that they are compared with, float32
+    (m, d_target).
 
     QUERIES_TO_OLD: pairs are queries, compared with documents of the old index. DOCUMENTS_TO_NEW: pairs are documents,
     compared with queries of the new model.
@@ -77,6 +83,21 @@ class Sample:
     documents: Pairs
     queries: Pairs | None = None
 
+    @property
+    def held_out_from(self) -> Pairs:
+        """The pairs that are held out in turn to choose a fit: queries, or documents where there are none."""
+        return self.documents if self.queries is None else self.queries
+
+    def without(self, rows: np.ndarray) -> "Sample":
+        """This sample less some rows of `held_out_from`."""
+        kept = self.held_out_from.take(np.setdiff1d(np.arange(len(self.held_out_from)), rows))
+        return Sample(kept) if self.queries is None else Sample(self.documents, kept)
+
+    def shuffled(self, seed: int) -> "Sample":
+        """Each source vector with the target vector of another text, drawn at random: pairs that say nothing."""
+        queries = None if self.queries is None else self.queries.shuffled(seed)
+        return Sample(self.documents.shuffled(seed), queries)
+
     def weighed(self, query_weight: float) -> Pairs:
         """All pairs; each query counts `query_weight` documents."""
         if self.queries is None:
@@ -88,10 +109,18 @@ class Sample:
         )
         return Pairs(source, target, counts)
 
-    def shuffled(self, seed: int) -> "Sample":
-        """Each source vector with the target vector of another text, drawn at random: pairs that say nothing."""
-        queries = None if self.queries is None else self.queries.shuffled(seed)
-        return Sample(self.documents.shuffled(seed), queries)
+    def moments(self, query_weight: float) -> Moments:
+        """Those of `weighed`; the sums over documents are made once."""
+        if self.queries is None:
+            return self._document_moments
+        weights = np.full(len(self.queries), query_weight)
+        return self._document_moments.merged(
+            moments_of(self.queries.side_by_side(), self._document_moments.pilot, weights)
+        )
+
+    @cached_property
+    def _document_moments(self) -> Moments:
+        return self.documents.moments()
 
 
 @dataclass(frozen=True)
@@ -103,7 +132,9 @@ class Fit:
 
     def adapter(self, sample: Sample, metric: Metric) -> Adapter:
         """This fit to a sample."""
-        return fit_adapter(self.method, sample.weighed(self.query_weight), metric)
+        if isinstance(self.method, ResidualMlp):
+            return fit_adapter(self.method, sample.weighed(self.query_weight), metric)
+        return fit_linear(self.method, sample.moments(self.query_weight), sample.documents.source.shape[1], metric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,38 +259,46 @@ class BridgeRecord:
         )
 
 
-def choose_fit(
-    sample: Sample, quality: Callable[[Adapter], np.ndarray], metric: Metric, seed: int
-) -> tuple[Fit, list[Candidate]]:
-    """The fit whose adapter answers held-out queries best, and all that were tried.
+def choose_fit(sample: Sample, quality: Quality, metric: Metric, seed: int) -> tuple[Fit, list[Candidate]]:
+    """The fit whose adapters answer held-out queries best, and all that were tried.
 
-    Low ranks and the network are tried upon the best Ridge. Of equals the first tried wins, the simpler. Fit the winner
-    to all pairs, and judge it on other queries than those that chose it.
+    Cross-validated: a FOLDS-th of the queries is held out in turn, in the order of the seed. Low ranks and the network
+    are tried upon the best Ridge. Of equals the first tried wins, the simpler. Fit the winner to the whole sample, and
+    judge it on other queries than those that chose it.
 
     Args:
-        quality: one figure for each held-out query, float64 (q,), the higher the better: recall or nDCG by judgements,
-            else `agreement`.
+        quality: of an adapter's answers, from the numbers of held-out rows of `sample.held_out_from`: floating point,
+            the higher the better; recall or nDCG by judgements, else `agreement`.
     """
+    order = np.random.default_rng(seed).permutation(len(sample.held_out_from))
+    folds = [(sample.without(rows), rows) for rows in np.array_split(order, FOLDS)]
+
+    def tried(fit: Fit) -> Candidate:
+        return Candidate(fit, np.concatenate([quality(fit.adapter(kept, metric), rows) for kept, rows in folds]))
+
     weights = QUERY_WEIGHTS if sample.queries is not None else (1.0,)
     linear: list[Method] = [Procrustes(), *map(Ridge, PENALTIES)]
-    tried = [_candidate(Fit(method, weight), sample, quality, metric) for weight in weights for method in linear]
-    ridge = min((one for one in tried if isinstance(one.fit.method, Ridge)), key=_best_first).fit
-    tried += [_candidate(fit, sample, quality, metric) for fit in _upon(ridge, sample, seed)]
-    return min(tried, key=_best_first).fit, tried
+    candidates = [tried(Fit(method, weight)) for weight in weights for method in linear]
+    ridge = min((one for one in candidates if isinstance(one.fit.method, Ridge)), key=_best_first).fit
+    candidates += [tried(fit) for fit in _upon(ridge, sample, seed)]
+    return min(candidates, key=_best_first).fit, candidates
 
 
-def agreement(adapter: Adapter, trial: Trial) -> np.ndarray:
+def agreement(adapter: Adapter, rows: np.ndarray | None, trial: Trial) -> np.ndarray:
     """The share of the ten nearest neighbours in the target space that the mapped vectors find: float64 (q,).
 
     Queries are those of the pairs, or those that mapped documents are compared with. Neighbours are exact.
+
+    Args:
+        rows: the pairs that count; None for all.
     """
-    mapped = adapter.apply(trial.pairs.source)
-    metric = adapter.metric
+    pairs = trial.pairs if rows is None else trial.pairs.take(rows)
+    mapped, metric = adapter.apply(pairs.source), adapter.metric
     match trial.direction:
         case Direction.QUERIES_TO_OLD:
-            return neighbour_agreement((trial.pairs.target, trial.compared), (mapped, trial.compared), metric)
+            return neighbour_agreement((pairs.target, trial.compared), (mapped, trial.compared), metric)
         case Direction.DOCUMENTS_TO_NEW:
-            return neighbour_agreement((trial.compared, trial.pairs.target), (trial.compared, mapped), metric)
+            return neighbour_agreement((trial.compared, pairs.target), (trial.compared, mapped), metric)
         case _:
             assert_never(trial.direction)
 
@@ -316,10 +355,6 @@ def sample_hash(sample: Sample) -> str:
             digest.update(f"{array.shape} ".encode())
             digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
     return digest.hexdigest()
-
-
-def _candidate(fit: Fit, sample: Sample, quality: Callable[[Adapter], np.ndarray], metric: Metric) -> Candidate:
-    return Candidate(fit, quality(fit.adapter(sample, metric)))
 
 
 def _upon(ridge: Fit, sample: Sample, seed: int) -> list[Fit]:
