@@ -9,7 +9,7 @@ import csv
 import json
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,14 +32,15 @@ SHORTEST_DOCSTRING = 200  # characters behind the first line
 
 @dataclass(frozen=True)
 class Texts:
-    """A corpus with queries to fit on and queries to measure with, and the row that is relevant to each of these.
+    """A corpus with queries to fit on and queries to measure with, and the documents that are relevant to them.
 
     Attributes:
-        relevant: for each query, the rows of `documents` that answer it.
+        fitting_relevant, relevant: for each query, the rows of `documents` that answer it.
     """
 
     documents: list[str]
     fitting_queries: list[str]
+    fitting_relevant: list[list[int]]
     queries: list[str]
     relevant: list[list[int]]
 
@@ -88,12 +89,14 @@ def scifact(folder: Path, documents: int) -> Texts:
         :documents
     ]
     place = {row["_id"]: number for number, row in enumerate(rows)}
-    claims = _claims(folder / "queries.jsonl")
-    asked = [name for name in claims if name in judged]
+    asked = _claims(folder / "queries.jsonl", judged)
+    fitted_judged = _judgements(folder / "qrels_train.tsv")
+    fitted = _claims(folder / "queries_train.jsonl", fitted_judged)
     return Texts(
         [f"{row['title']} {row['text']}" for row in rows],
-        list(_claims(folder / "queries_train.jsonl").values()),
-        [claims[name] for name in asked],
+        list(fitted.values()),
+        [[place[document] for document in fitted_judged[name] if document in place] for name in fitted],
+        list(asked.values()),
         [[place[document] for document in judged[name]] for name in asked],
     )
 
@@ -108,13 +111,20 @@ def _docstrings_of(path: Path, name: str) -> list[tuple[str, str]]:
 def _known_items(items: Sequence[tuple[str, str]], queries: int) -> Texts:
     """The first items ask to be found; as many of the others ask to be fitted on."""
     heads = [head for head, _ in items]
-    relevant = [[row] for row in range(queries)]
-    return Texts([text for _, text in items], heads[queries : 2 * queries], heads[:queries], relevant)
+    relevant = [[row] for row in range(2 * queries)]
+    return Texts(
+        [text for _, text in items],
+        heads[queries : 2 * queries],
+        relevant[queries:],
+        heads[:queries],
+        relevant[:queries],
+    )
 
 
-def _claims(path: Path) -> dict[str, str]:
+def _claims(path: Path, judged: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Those that are judged."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return {str(row["_id"]): row["text"] for row in rows}
+    return {str(row["_id"]): row["text"] for row in rows if str(row["_id"]) in judged}
 
 
 def _judgements(path: Path) -> dict[str, list[str]]:

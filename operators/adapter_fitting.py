@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import numpy as np
 
-from penstock.operators.adapters import Adapter, LowRank, Method, Procrustes, ResidualMlp, Ridge, array_shapes
+from penstock.operators.adapters import (
+    Adapter,
+    LinearMethod,
+    LowRank,
+    Method,
+    Procrustes,
+    ResidualMlp,
+    Ridge,
+    WhitenedRidge,
+    array_shapes,
+)
 from penstock.operators.indexing import Metric
 from penstock.operators.moments import Moments, moments_of
 
@@ -79,7 +89,7 @@ def fit_adapter(method: Method, pairs: Pairs, metric: Metric) -> Adapter:
     return fit_linear(method, pairs.moments(), pairs.source.shape[1], metric)
 
 
-def fit_linear(method: Procrustes | Ridge | LowRank, moments: Moments, input_dimension: int, metric: Metric) -> Adapter:
+def fit_linear(method: LinearMethod, moments: Moments, input_dimension: int, metric: Metric) -> Adapter:
     """An adapter from moments of rows [x, y], x of the first `input_dimension` columns; about 10 d^3 operations.
 
     Raises:
@@ -87,7 +97,8 @@ def fit_linear(method: Procrustes | Ridge | LowRank, moments: Moments, input_dim
     """
     output_dimension = moments.dimension - input_dimension
     array_shapes(method, input_dimension, output_dimension)  # refuses a rank before the work
-    mean, covariance = moments.mean(), moments.covariance()
+    covariance = moments.covariance()
+    source_mean, target_mean = np.split(moments.mean(), [input_dimension])
     own, cross = covariance[:input_dimension, :input_dimension], covariance[:input_dimension, input_dimension:]
     match method:
         case Procrustes():
@@ -97,6 +108,11 @@ def fit_linear(method: Procrustes | Ridge | LowRank, moments: Moments, input_dim
         case Ridge(penalty=penalty):
             matrix = np.linalg.solve(_penalized(own, penalty), cross)
             arrays = {"matrix": matrix}
+        case WhitenedRidge(penalty=penalty, power=power):
+            theirs = _penalized(covariance[input_dimension:, input_dimension:], penalty)
+            matrix = np.linalg.solve(_penalized(own, penalty), cross) @ _power(theirs, -power)
+            arrays = {"matrix": matrix}
+            target_mean = np.zeros(output_dimension)
         case LowRank(rank=rank, penalty=penalty):
             penalized = _penalized(own, penalty)
             full = np.linalg.solve(penalized, cross)
@@ -105,20 +121,26 @@ def fit_linear(method: Procrustes | Ridge | LowRank, moments: Moments, input_dim
             matrix = arrays["down"] @ arrays["up"]
         case _:
             assert_never(method)
-    arrays["bias"] = mean[input_dimension:] - mean[:input_dimension] @ matrix
+    arrays["bias"] = target_mean - source_mean @ matrix
     return Adapter(method, metric, input_dimension, output_dimension, _narrow(arrays))
 
 
 def _penalized(own: np.ndarray, penalty: float) -> np.ndarray:
-    """The covariance of the source with the penalty on its diagonal."""
+    """A covariance with the penalty on its diagonal."""
     variance = float(np.trace(own)) / len(own)
     if variance <= 0:
         raise ValueError(
-            f"source vectors of pairs (mean variance {variance:.3g}) must differ to be mapped; give pairs of more texts"
+            f"vectors of pairs (mean variance {variance:.3g}) must differ to be mapped; give pairs of more texts"
         )
     # Without any penalty, directions that the sample lacks must still not make the system singular.
     penalized: np.ndarray = own + max(penalty, len(own) * np.finfo(np.float64).eps) * variance * np.eye(len(own))
     return penalized
+
+
+def _power(symmetric: np.ndarray, exponent: float) -> np.ndarray:
+    values, vectors = np.linalg.eigh(symmetric)
+    raised: np.ndarray = (vectors * values**exponent) @ vectors.T
+    return raised
 
 
 def _narrow(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -39,6 +39,28 @@ class Ridge:
 
 
 @dataclass(frozen=True)
+class WhitenedRidge:
+    """For queries alone: Ridge between centred spaces, times the inverse of the target's covariance to `power`.
+
+    Documents compared with such an image are weighed as if they had been whitened. With power 1 the inner product is,
+    but for a number that is the same for all documents, the leading term of log p(y | x) / p(y) of vectors x and y that
+    are jointly normal: what is common to all documents counts less than what sets one apart. Images do not lie where
+    vectors of the target space do, and their similarities are not those of the old model: ranks are what they are for.
+
+    Measured with 2,000 abstracts and their titles, recall at 10 of power 1 and penalty 0.3, Procrustes and Ridge: 0.81,
+    0.67 and 0.28 from all-MiniLM-L6-v2 to its first 3 layers, 0.75, 0.65 and 0.59 from it to a static table.
+    """
+
+    penalty: float = 0.3
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        _refuse_penalty("whitened_ridge", self.penalty)
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"power of whitened_ridge ({self.power}) must lie between 0, no whitening, and 1")
+
+
+@dataclass(frozen=True)
 class LowRank:
     """The best affine map of this rank: Ridge, projected on the leading principal components of what it predicts
     (reduced-rank regression, Izenman 1975)."""
@@ -66,12 +88,14 @@ class ResidualMlp:
             raise ValueError(f"seed of residual_mlp ({self.seed}) must lie in 0..{MOST_SEED}")
 
 
-Method: TypeAlias = Procrustes | Ridge | LowRank | ResidualMlp
+LinearMethod: TypeAlias = Procrustes | Ridge | WhitenedRidge | LowRank
+Method: TypeAlias = LinearMethod | ResidualMlp
 METHOD_TYPES: Mapping[str, type[Method]] = {
     "low_rank": LowRank,
     "procrustes": Procrustes,
     "residual_mlp": ResidualMlp,
     "ridge": Ridge,
+    "whitened_ridge": WhitenedRidge,
 }
 _TYPE_NAMES = {kind: name for name, kind in METHOD_TYPES.items()}
 
@@ -150,7 +174,7 @@ class Adapter:
     def _mapped(self, rows: np.ndarray) -> np.ndarray:
         arrays = self.arrays
         match self.method:
-            case Procrustes() | Ridge():
+            case Procrustes() | Ridge() | WhitenedRidge():
                 mapped: np.ndarray = rows @ arrays["matrix"]
             case LowRank():
                 mapped = rows @ arrays["down"] @ arrays["up"]
@@ -195,7 +219,7 @@ def array_shapes(method: Method, input_dimension: int, output_dimension: int) ->
     """
     bias, matrix = (output_dimension,), (input_dimension, output_dimension)
     match method:
-        case Procrustes() | Ridge():
+        case Procrustes() | Ridge() | WhitenedRidge():
             return {"matrix": matrix, "bias": bias}
         case LowRank(rank=rank):
             if rank > min(matrix):
