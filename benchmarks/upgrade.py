@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,23 @@ from model_pairs import Space, Texts, arxiv, docstrings, load_spaces, scifact
 from penstock.operators.adapter_fitting import Pairs
 from penstock.operators.adapters import Adapter, Ridge, method_to_json
 from penstock.operators.backfill_order import Priorities, area_under_quality, backfill_order, log_traffic
-from penstock.operators.bridging import Direction, Fit, Sample, Trial, Verdict, agreement, choose_fit, judge_bridge
+from penstock.operators.bridging import (
+    Direction,
+    Fit,
+    Sample,
+    Trial,
+    Verdict,
+    agreement,
+    choose_fit,
+    judge_bridge,
+    mean_cosine,
+)
 from penstock.operators.confidence import Interval, mean_interval
 from penstock.operators.evaluation import exact_neighbours, ndcg_at_k
 from penstock.operators.identity import row_hashes
 from penstock.operators.indexing import Metric
+from penstock.operators.mixed_spaces import AdaptedVectors
+from penstock.operators.vector_store import ArrayVectors
 
 K = 10
 SEED = 7
@@ -160,7 +173,8 @@ def bridge(pair: tuple[str, str], old: Space, new: Space, texts: Texts) -> Bridg
         judged = [texts.fitting_relevant[row] for row in rows]
         return ndcg(adapter.apply(new.fitting_queries[rows]), old.documents, judged)
 
-    chosen, _ = choose_fit(Direction.QUERIES_TO_OLD, sample, quality, COSINE, SEED)
+    asked = Trial(Direction.QUERIES_TO_OLD, Pairs(new.fitting_queries, old.fitting_queries), old.documents)
+    chosen, _ = choose_fit(Direction.QUERIES_TO_OLD, sample, quality, COSINE, SEED, partial(agreement, trial=asked))
     adapter = chosen.adapter(sample, COSINE)
     reference = recall(old.queries, old.documents, texts.relevant)
     bridged = recall(adapter.apply(new.queries), old.documents, texts.relevant)
@@ -242,7 +256,10 @@ def orders(pair: tuple[str, str], old: Space, new: Space, texts: Texts) -> Order
     held_out = {row for rows in texts.relevant for row in rows}
     kept = np.array([row for row in range(len(texts.documents)) if row not in held_out])
     fit = Fit(Ridge(1e-2))
-    mapped = fit.adapter(Sample(Pairs(old.documents[kept], new.documents[kept])), COSINE).apply(old.documents)
+    adapter = fit.adapter(Sample(Pairs(old.documents[kept], new.documents[kept])), COSINE)
+    unseen = np.array(sorted(held_out))
+    length = mean_cosine(adapter, Pairs(old.documents[unseen], new.documents[unseen]))
+    mapped = AdaptedVectors(ArrayVectors(old.documents), adapter, length).take(np.arange(len(old.documents)))
     asked = np.random.default_rng(SEED).permutation(1 / np.arange(1, len(texts.queries) + 1) ** LOG_EXPONENT)
     found = np.array(answers(old.queries, old.documents)).astype(np.int64)
     clicked = np.array([np.isin(row, judged) for row, judged in zip(found, texts.relevant, strict=True)])
@@ -255,7 +272,8 @@ def orders(pair: tuple[str, str], old: Space, new: Space, texts: Texts) -> Order
             mixed = mapped.copy()
             done = order[: round(share * len(order))]
             mixed[done] = new.documents[done]
-            curve.append(float(np.average(ndcg(new.queries, mixed, texts.relevant), weights=asked)))
+            found_now = ndcg(new.queries, mixed, texts.relevant)
+            curve.append(float(np.average(found_now, weights=asked)))
         curves.append(curve)
     areas = [area_under_quality(SHARES, np.array(curve)) for curve in curves]
     return OrderResult(" to ".join(pair), curves[0], curves[1], areas[0], areas[1])

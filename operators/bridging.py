@@ -36,6 +36,7 @@ from penstock.operators.confidence import Interval, mean_interval, ratio_interva
 from penstock.operators.encoding import Encoder
 from penstock.operators.indexing import Metric
 from penstock.operators.moments import Moments, moments_of
+from penstock.operators.searching import normalize
 from penstock.operators.space_comparison import neighbour_agreement
 
 PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1)
@@ -141,10 +142,12 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A fit and the quality of its answers: float64 (q,), one figure for each held-out query."""
+    """A fit and the quality of its answers: float64 (q,), one figure for each held-out query; `fidelity` is the mean of
+    the figure that decides between equals."""
 
     fit: Fit
     quality: np.ndarray
+    fidelity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -262,29 +265,43 @@ class BridgeRecord:
 
 
 def choose_fit(
-    direction: Direction, sample: Sample, quality: Quality, metric: Metric, seed: int
+    direction: Direction,
+    sample: Sample,
+    quality: Quality,
+    metric: Metric,
+    seed: int,
+    fidelity: Quality | None = None,
 ) -> tuple[Fit, list[Candidate]]:
     """The fit whose adapters answer held-out queries best, and all that were tried.
 
     Cross-validated: a FOLDS-th of the queries is held out in turn, in the order of the seed. Low ranks and the network
-    are tried upon the best Ridge. Of equals the first tried wins, the simpler. Fit the winner to the whole sample, and
-    judge it on other queries than those that chose it.
+    are tried upon the best Ridge. With `fidelity`, its highest mean wins among the best and all that are within one
+    standard error of it (of the paired difference), as judgements of few queries hardly tell these apart. Of equals
+    the first tried wins, the simpler. Fit the winner to the whole sample, and judge it on other queries.
 
     Args:
         quality: of an adapter's answers, from the numbers of held-out rows of `sample.held_out_from`: floating point,
             the higher the better; recall or nDCG by judgements, else `agreement`.
+        fidelity: likewise; `agreement` where quality is by judgements.
     """
     order = np.random.default_rng(seed).permutation(len(sample.held_out_from))
     folds = [(sample.without(rows), rows) for rows in np.array_split(order, FOLDS)]
 
     def tried(fit: Fit) -> Candidate:
-        return Candidate(fit, np.concatenate([quality(fit.adapter(kept, metric), rows) for kept, rows in folds]))
+        adapters = [(fit.adapter(kept, metric), rows) for kept, rows in folds]
+        found = np.concatenate([quality(adapter, rows) for adapter, rows in adapters])
+        if fidelity is None:
+            return Candidate(fit, found)
+        kept = np.concatenate([fidelity(adapter, rows) for adapter, rows in adapters])
+        return Candidate(fit, found, float(kept.mean()))
 
     weights = QUERY_WEIGHTS if sample.queries is not None else (1.0,)
     candidates = [tried(Fit(method, weight)) for weight in weights for method in _linear_methods(direction)]
     ridge = min((one for one in candidates if isinstance(one.fit.method, Ridge)), key=_best_first).fit
     candidates += [tried(fit) for fit in _upon(ridge, sample, seed)]
-    return min(candidates, key=_best_first).fit, candidates
+    best = min(candidates, key=_best_first)
+    equals = [one for one in candidates if fidelity is not None and _within_error(one, best)] or [best]
+    return max(equals, key=lambda one: one.fidelity).fit, candidates
 
 
 def agreement(adapter: Adapter, rows: np.ndarray | None, trial: Trial) -> np.ndarray:
@@ -306,6 +323,12 @@ def agreement(adapter: Adapter, rows: np.ndarray | None, trial: Trial) -> np.nda
             return neighbour_agreement((trial.compared, pairs.target), (trial.compared, mapped), metric)
         case _:
             assert_never(trial.direction)
+
+
+def mean_cosine(adapter: Adapter, pairs: Pairs) -> float:
+    """Of the images of pairs that the adapter was not fitted to with their targets; 0 where they point away."""
+    images, targets = (normalize(vectors) for vectors in (adapter.apply(pairs.source), pairs.target))
+    return max(0.0, float(np.einsum("nd,nd->n", images, targets).mean()))
 
 
 def judge_bridge(
@@ -385,6 +408,12 @@ def _upon(ridge: Fit, sample: Sample, seed: int) -> list[Fit]:
 
 def _best_first(candidate: Candidate) -> float:
     return -float(candidate.quality.mean())
+
+
+def _within_error(one: Candidate, best: Candidate) -> bool:
+    """Whether quality falls short of the best by no more than one standard error of the difference."""
+    short = best.quality - one.quality
+    return bool(short.mean() <= short.std() / np.sqrt(len(short)))
 
 
 def _fit_to_json(fit: Fit) -> dict[str, Any]:

@@ -45,25 +45,40 @@ class FusedHits:
 
 
 class AdaptedVectors(StoredVectors):
-    """Stored vectors of one space as vectors of another: mapped when they are taken."""
+    """Stored vectors of one space as vectors of another: mapped when they are taken.
 
-    def __init__(self, stored: StoredVectors, adapter: Adapter) -> None:
+    A mapped vector lacks what the adapter cannot know of a document, and made unit length it is nearer to all queries
+    than the document's own vector would be: rows embedded again first then fall behind. Shortened to `length`, the
+    adapter's `bridging.mean_cosine`, its products are those to be expected of the document's own vector. The mean nDCG
+    over a backfill by priority rose so by 0.005 to 0.09 for 6 of 8 real pairs, and fell by 0.02 for two; with a length
+    of 1 priority was worse than random order for three of them, shortened for none.
+
+    Args:
+        length: what mapped vectors are multiplied by.
+    """
+
+    def __init__(self, stored: StoredVectors, adapter: Adapter, length: float = 1.0) -> None:
         if stored.dimension != adapter.input_dimension:
             raise ValueError(
                 f"stored vectors ({stored.dimension} dimensions) must have the {adapter.input_dimension} of the space "
                 "that the adapter was fitted from"
             )
-        self._stored, self._adapter = stored, adapter
+        if not 0 < length <= 1:
+            raise ValueError(f"length of adapted vectors ({length}) must be above 0 and at most 1")
+        self._stored, self._adapter, self._length = stored, adapter, np.float32(length)
         self.dimension = adapter.output_dimension
 
     def __len__(self) -> int:
         return len(self._stored)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        return self._adapter.apply(self._stored.take(rows))
+        return self._mapped(self._stored.take(rows))
 
     def batches(self) -> Iterator[np.ndarray]:
-        return map(self._adapter.apply, self._stored.batches())
+        return map(self._mapped, self._stored.batches())
+
+    def _mapped(self, vectors: np.ndarray) -> np.ndarray:
+        return self._adapter.apply(vectors) * self._length
 
 
 def compared_again(

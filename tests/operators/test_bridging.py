@@ -237,6 +237,28 @@ def test_each_query_is_answered_once_by_an_adapter_that_did_not_see_it() -> None
     assert max(one.quality.mean() for one in tried) < -0.5
 
 
+def test_fidelity_decides_where_quality_hardly_does() -> None:
+    documents, queries = (Pairs(_texts(seed, rows), _texts(seed, rows)) for seed, rows in ((1, 60), (2, 40)))
+    noise = np.random.default_rng(3).normal(0, 0.1, 40)
+    noise -= noise.mean()
+
+    def chosen(loss: float) -> Method:
+        """What is chosen when all but Procrustes lose some quality, and Ridge alone is faithful."""
+
+        def quality(adapter: Adapter, rows: np.ndarray) -> np.ndarray:
+            return noise[rows] * (2 if adapter.method == Procrustes() else 1) - loss * (adapter.method != Procrustes())
+
+        def fidelity(adapter: Adapter, rows: np.ndarray) -> np.ndarray:
+            return np.full(len(rows), float(isinstance(adapter.method, Ridge)))
+
+        sample = Sample(documents, queries)
+        return choose_fit(Direction.DOCUMENTS_TO_NEW, sample, quality, INNER, 1, fidelity)[0].method
+
+    error = noise.std() / np.sqrt(40)
+    assert isinstance(chosen(0.5 * error), Ridge)
+    assert isinstance(chosen(2 * error), Procrustes)
+
+
 def test_documents_are_held_out_where_there_are_no_queries() -> None:
     pairs = Pairs(normalize(_texts(1, 300, 80)), normalize(_texts(1, 300, 80) @ _rotation(2, 80)))
     trial = Trial(Direction.DOCUMENTS_TO_NEW, pairs, normalize(_texts(3, 50, 80)))

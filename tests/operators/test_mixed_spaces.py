@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from penstock.operators.adapter_fitting import Pairs, fit_adapter
-from penstock.operators.adapters import Adapter, Procrustes
+from penstock.operators.adapters import Adapter, Procrustes, Ridge
+from penstock.operators.bridging import mean_cosine
 from penstock.operators.indexing import Metric
 from penstock.operators.mixed_spaces import (
     AdaptedVectors,
@@ -137,12 +138,37 @@ def test_adapted_vectors_are_those_of_the_adapter() -> None:
     assert (len(adapted), adapted.dimension) == (DOCUMENTS, D)
     np.testing.assert_allclose(adapted.take(np.array([5, 2])), NEW[[5, 2]], atol=1e-5)
     np.testing.assert_allclose(np.concatenate(list(adapted.batches())), NEW, atol=1e-5)
+    shortened = AdaptedVectors(ArrayVectors(OLD), adapter, 0.5)
+    np.testing.assert_allclose(shortened.take(np.array([7])), NEW[[7]] / 2, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(list(shortened.batches())), NEW / 2, atol=1e-5)
+
+
+def test_shortened_vectors_have_the_products_to_be_expected() -> None:
+    """Old vectors that know half of the dimensions: images of unit length are too near to what they show."""
+    generator = np.random.default_rng(5)
+    new = normalize(generator.standard_normal((3_000, D)))
+    old = new[:, : D // 2]
+    adapter = fit_adapter(Ridge(1e-6), Pairs(old[:2_000], new[:2_000]), Metric.COSINE)
+    unseen = Pairs(old[2_000:], new[2_000:])
+    length = mean_cosine(adapter, unseen)
+    queries, rows = normalize(generator.standard_normal((1_000, D))), np.arange(1_000)
+    true = np.einsum("nd,nd->n", queries, unseen.target)
+    expected = [
+        np.polyfit(
+            np.einsum("nd,nd->n", queries, AdaptedVectors(ArrayVectors(old[2_000:]), adapter, one).take(rows)), true, 1
+        )[0]
+        for one in (1.0, length)
+    ]
+    assert expected[0] < 0.8  # a product that is larger by one is truly larger by so much
+    assert expected[1] == pytest.approx(1, abs=0.1)
 
 
 def test_what_cannot_be_merged_is_named() -> None:
     new, old, rest = _parts(np.arange(100), K)
     with pytest.raises(ValueError, match=r"stored vectors \(5 dimensions\) must have the 12 of the space"):
         AdaptedVectors(ArrayVectors(np.ones((3, 5), np.float32)), _adapter())
+    with pytest.raises(ValueError, match=r"length of adapted vectors \(0\) must be above 0 and at most 1"):
+        AdaptedVectors(ArrayVectors(OLD), _adapter(), 0)
     with pytest.raises(ValueError, match=r"vectors of shard 1 \(dimensions: none\) must be given in the 12"):
         compared_again(old, QUERIES, {}, "new")
     with pytest.raises(ValueError, match=r"vectors of shard 1 \(dimensions: 5\)"):
