@@ -1,0 +1,127 @@
+"""In which order rows are embedded again, and what an order is worth.
+
+First what is asked for (traffic), then hubs, which are among the neighbours of many, then what the adapter places
+worst, then the rest; equals by row hash, so that any worker finds the same order. FastFill (Jaeckle et al. 2023,
+arXiv:2303.04766) orders by predicted loss alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock.operators.confidence import mean_interval
+from penstock.operators.space_health import HUB_OCCURRENCES, K
+
+
+@dataclass(frozen=True, eq=False)
+class Priorities:
+    """What is known of n rows; None where a thing is not.
+
+    Attributes:
+        hashes: uint64 (n,), the row hashes.
+        traffic: (n,) finite and not negative: a column of the corpus, or `log_traffic`.
+        occurrences: (n,) k-occurrences, k as in `space_health`.
+        residuals: (n,) how far the adapter misses, finite; NaN for rows that were not embedded twice.
+
+    Raises:
+        ValueError: other lengths, or values that have no order.
+    """
+
+    hashes: np.ndarray
+    traffic: np.ndarray | None = None
+    occurrences: np.ndarray | None = None
+    residuals: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("traffic", "occurrences", "residuals"):
+            values = getattr(self, name)
+            if values is not None and values.shape != self.hashes.shape:
+                raise ValueError(
+                    f"{name} (shape {values.shape}) must have a value for each of the {len(self.hashes)} rows"
+                )
+        if self.traffic is not None and not (np.isfinite(self.traffic) & (self.traffic >= 0)).all():
+            row = int(np.argmin(np.isfinite(self.traffic) & (self.traffic >= 0)))
+            raise ValueError(f"traffic of row {row} ({self.traffic[row]}) must be finite and not negative; take 0")
+
+
+def backfill_order(priorities: Priorities, k: int = K) -> np.ndarray:
+    """Row numbers, the first to be embedded first: int64 (n,).
+
+    Rows with more traffic come first. Of rows with the same, hubs (HUB_OCCURRENCES times k occurrences or more) come
+    before others, the larger first; of others, those with the larger residual, unknown ones last; equals by hash.
+    """
+    hubs = _known(priorities.occurrences, priorities)
+    hubs = np.where(hubs >= HUB_OCCURRENCES * k, hubs, 0)
+    residuals = np.nan_to_num(_known(priorities.residuals, priorities, missing=-np.inf), nan=-np.inf)
+    return np.lexsort((priorities.hashes, -residuals, -hubs, -_known(priorities.traffic, priorities)))
+
+
+def fragment_order(order: np.ndarray, fragments: np.ndarray, traffic: np.ndarray | None = None) -> np.ndarray:
+    """The numbers of the fragments, the first to be embedded first, where whole fragments are embedded: int64 (f,).
+
+    By traffic per row; without traffic, and among equals, by the mean place of their rows in `order`.
+
+    Args:
+        order: what backfill_order gave. fragments: int64 (n,), the fragment of each row, counted from 0, none empty.
+    """
+    rows = np.bincount(fragments)
+    if len(fragments) != len(order) or rows.min() == 0:
+        raise ValueError(
+            f"fragments ({len(fragments)} rows, {np.count_nonzero(rows == 0)} numbers without any) must name one for "
+            f"each of the {len(order)} rows, numbered without gaps"
+        )
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    mean_place = np.bincount(fragments, weights=places) / rows
+    asked = np.zeros(len(rows)) if traffic is None else np.bincount(fragments, weights=traffic) / rows
+    return np.lexsort((np.arange(len(rows)), mean_place, -asked))
+
+
+def log_traffic(found_rows: np.ndarray, asked: np.ndarray, rows: int) -> np.ndarray:
+    """How often each of `rows` rows was answered, by a query log: float64 (rows,).
+
+    Args:
+        found_rows: int64 (q, k), the rows that each logged query finds, -1 for none.
+        asked: (q,), how often each query was asked.
+    """
+    if found_rows.ndim != 2 or asked.shape != (len(found_rows),):
+        raise ValueError(f"asked (shape {asked.shape}) must count each of the {len(found_rows)} logged queries")
+    counts = np.repeat(asked.astype(np.float64), found_rows.shape[1])
+    filled = found_rows.reshape(-1) >= 0
+    return np.bincount(found_rows.reshape(-1)[filled], weights=counts[filled], minlength=rows)
+
+
+def adapter_residuals(adapted: np.ndarray, embedded: np.ndarray) -> np.ndarray:
+    """How far the adapter's images (n, d) are from the vectors that the new model gives the same rows: float64 (n,)."""
+    if adapted.shape != embedded.shape:
+        raise ValueError(f"adapted vectors (shape {adapted.shape}) must be of the rows embedded {embedded.shape}")
+    residuals: np.ndarray = np.linalg.norm(adapted.astype(np.float64) - embedded, axis=1)
+    return residuals
+
+
+def area_under_quality(shares: np.ndarray, qualities: np.ndarray) -> float:
+    """The mean quality over a whole backfill: the area under quality against the share of rows embedded (trapezoids).
+
+    Args:
+        shares: (m,) ascending from 0 to 1. qualities: (m,), what was measured at each.
+    """
+    ascending = len(shares) >= 2 and shares[0] == 0 and shares[-1] == 1 and bool((np.diff(shares) > 0).all())
+    if not ascending or shares.shape != qualities.shape:
+        raise ValueError(
+            f"shares ({np.array2string(shares, threshold=12)}) must ascend from 0 to 1, one for each of the "
+            f"{len(qualities)} qualities"
+        )
+    return float(np.trapezoid(qualities, shares))
+
+
+def has_fallen(best: np.ndarray, now: np.ndarray, seed: int) -> bool:
+    """Whether quality fell beyond the confidence interval: the stop-loss of a backfill.
+
+    Args:
+        best, now: a figure for each of the same queries, float64 (q,), at the best point so far and now.
+    """
+    return mean_interval(now - best, seed).high < 0
+
+
+def _known(values: np.ndarray | None, priorities: Priorities, missing: float = 0.0) -> np.ndarray:
+    return np.full(len(priorities.hashes), missing) if values is None else values.astype(np.float64)

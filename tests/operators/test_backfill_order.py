@@ -1,0 +1,110 @@
+"""The order of a backfill, against sorting by hand, and what an order is worth."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.operators.backfill_order import (
+    Priorities,
+    adapter_residuals,
+    area_under_quality,
+    backfill_order,
+    fragment_order,
+    has_fallen,
+    log_traffic,
+)
+
+ROWS = 60
+
+
+def _hashes(seed: int, rows: int = ROWS) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(rows).astype(np.uint64) * np.uint64(2**58)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 10**6))
+def test_traffic_then_hubs_then_residuals_then_hashes(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    traffic, occurrences = generator.integers(0, 3, ROWS), generator.integers(0, 40, ROWS)
+    residuals = np.where(generator.random(ROWS) < 0.5, generator.integers(0, 3, ROWS), np.nan)
+    hashes = _hashes(seed)
+
+    def place(row: int) -> tuple[float, ...]:
+        hub = occurrences[row] if occurrences[row] >= 20 else 0
+        missing = np.isnan(residuals[row])
+        return -traffic[row], -hub, missing, 0 if missing else -residuals[row], float(hashes[row])
+
+    order = backfill_order(Priorities(hashes, traffic, occurrences, residuals))
+    assert order.tolist() == sorted(range(ROWS), key=place)
+
+
+def test_the_order_does_not_depend_on_how_rows_lie() -> None:
+    generator = np.random.default_rng(1)
+    hashes, traffic = _hashes(1), generator.integers(0, 3, ROWS)
+    shuffled = generator.permutation(ROWS)
+    plain, other = (backfill_order(Priorities(hashes[rows], traffic[rows])) for rows in (np.arange(ROWS), shuffled))
+    np.testing.assert_array_equal(hashes[plain], hashes[shuffled][other])
+    np.testing.assert_array_equal(backfill_order(Priorities(hashes)), np.argsort(hashes))
+
+
+def test_fragments_with_more_traffic_per_row_come_first() -> None:
+    fragments = np.array([0, 0, 0, 1, 1, 2, 2, 3])
+    traffic = np.array([0, 0, 9, 4, 4, 0, 0, 0])
+    order = backfill_order(Priorities(np.array([7, 6, 5, 4, 3, 2, 1, 0], np.uint64), traffic))
+    assert fragment_order(order, fragments, traffic).tolist() == [1, 0, 3, 2]
+    assert fragment_order(np.arange(8)[::-1], fragments).tolist() == [3, 2, 1, 0]
+
+
+def test_a_query_log_counts_what_it_finds() -> None:
+    found = np.array([[0, 2, 3], [2, -1, -1]])
+    np.testing.assert_array_equal(log_traffic(found, np.array([5, 2]), 5), [5, 0, 7, 5, 0])
+
+
+def test_residuals_are_distances() -> None:
+    np.testing.assert_allclose(adapter_residuals(np.array([[3.0, 0.0]]), np.array([[0.0, 4.0]])), [5.0])
+
+
+def test_area_is_the_mean_quality() -> None:
+    shares = np.array([0, 0.5, 1])
+    assert area_under_quality(shares, np.array([0.2, 0.2, 0.2])) == pytest.approx(0.2)
+    assert area_under_quality(shares, np.array([0.0, 1.0, 1.0])) == pytest.approx(0.75)
+    assert area_under_quality(np.linspace(0, 1, 11), np.linspace(0, 1, 11)) == pytest.approx(0.5)
+
+
+def test_what_is_asked_for_first_gains_more() -> None:
+    """Each query is right once its row is embedded: the area is the traffic that is served early."""
+    traffic = np.random.default_rng(2).permutation(1 / np.arange(1, 501))
+    hashes = _hashes(3, 500)
+    shares = np.linspace(0, 1, 11)
+    areas = []
+    for order in (backfill_order(Priorities(hashes, traffic)), backfill_order(Priorities(hashes))):
+        served = [traffic[order[: round(share * 500)]].sum() / traffic.sum() for share in shares]
+        areas.append(area_under_quality(shares, np.array(served)))
+    assert areas[0] > 0.8 and areas[0] > areas[1] + 0.2
+
+
+def test_only_a_fall_beyond_doubt_stops_the_backfill() -> None:
+    best = np.random.default_rng(4).uniform(0, 1, 300)
+    noise = np.random.default_rng(5).normal(0, 0.2, 300)
+    assert has_fallen(best, best + noise - 0.1, seed=1)
+    assert not has_fallen(best, best + noise - noise.mean(), seed=1)
+    assert not has_fallen(best, best + 0.1, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Priorities(_hashes(1), np.ones(3)), r"traffic \(shape \(3,\)\) must have a value for each of the 60"),
+        (lambda: Priorities(_hashes(1), np.full(60, -1)), r"traffic of row 0 \(-1\) must be finite and not negative"),
+        (lambda: Priorities(_hashes(1), residuals=np.ones(3)), r"residuals \(shape \(3,\)\)"),
+        (lambda: fragment_order(np.arange(3), np.array([0, 2, 2])), r"fragments \(3 rows, 1 numbers without any\)"),
+        (lambda: log_traffic(np.zeros((2, 3)), np.ones(3), 5), r"asked \(shape \(3,\)\) must count each of the 2"),
+        (lambda: adapter_residuals(np.ones((2, 3)), np.ones((2, 4))), r"adapted vectors \(shape \(2, 3\)\)"),
+        (lambda: area_under_quality(np.array([0, 0.5]), np.ones(2)), r"shares \(\[0.  0.5\]\) must ascend from 0 to 1"),
+        (lambda: area_under_quality(np.array([0, 1]), np.ones(3)), "one for each of the 3 qualities"),
+    ],
+)
+def test_errors_name_what_is_wrong(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
