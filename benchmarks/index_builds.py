@@ -399,7 +399,7 @@ def exact(vectors: np.ndarray, queries: np.ndarray) -> Truth:
 
 def noisy(queries: np.ndarray, noise: float) -> np.ndarray:
     """Each query several times, with noise of its own as rows have it, so that a small difference is told from luck."""
-    several = np.repeat(queries, GAP_COPIES, axis=0)
+    several = np.repeat(queries, GAP_COPIES if noise else 1, axis=0)
     scale = noise / np.sqrt(queries.shape[1])
     several += np.random.default_rng(SEED + 2).normal(scale=scale, size=several.shape).astype(np.float32)
     several /= np.linalg.norm(several, axis=1, keepdims=True)
