@@ -51,7 +51,8 @@ from penstock.cluster.layout import EMBEDDINGS, EVALUATION, PASSAGES, SELECTION,
 from penstock.cluster.published import OWNERS_FILE, ROUTING_FILE, read_ipc
 from penstock.cluster.session import LOCAL_ENVIRONMENT, LOCAL_OBJECT_STORE_BYTES
 from penstock.cluster.storage import Store, open_store
-from penstock.operators.routing import CellOwners, route, search_cells
+from penstock.operators.routing import CellOwners, Router, search_cells
+from penstock.operators.search_parameters import SearchParameters
 from penstock.pipelines.reader import open_index
 
 PARTS = ("build", "memory", "gap", "routing", "cold")
@@ -449,7 +450,8 @@ class IndexFiles:
         """At most `count` rows of each shard that a query is routed to, by their codes."""
         shape = (len(queries), len(self.shards), count)
         near, numbers = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
-        routing = route(self.trained, queries, nprobe, self.owners, coverage) if self.owners else None
+        point = SearchParameters(nprobe=nprobe, coverage=coverage)
+        routing = Router(self.trained, self.owners).route(queries, point) if self.owners else None
         for place, (shard, own) in enumerate(zip(self.shards, self.numbers, strict=True)):
             asked = np.flatnonzero(routing.shards[:, place]) if routing else np.arange(len(queries))
             if routing:

@@ -18,6 +18,8 @@ class Entrance:
 
     def route(self, queries: np.ndarray, parameters: SearchParameters) -> Routing | None:
         """Which shards the queries, float32 (q, d), need; None for all of them."""
-        if self.router is None:
-            return None
-        return self.router.route(self.chain.apply_queries(queries) if self.chain else queries, parameters)
+        return None if self.router is None else self.router.route(self.transformed(queries), parameters)
+
+    def transformed(self, queries: np.ndarray) -> np.ndarray:
+        """Queries behind the transforms."""
+        return self.chain.apply_queries(queries) if self.chain else queries

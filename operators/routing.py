@@ -90,48 +90,58 @@ class Routing:
 
 
 @dataclass(frozen=True, eq=False)
+class NearCells:
+    """The cells of q queries, nearest first: queries behind the transforms of the index float32 (q, d), cells int64
+    (q, nprobe), and what faiss measured to their centroids, float32 (q, nprobe)."""
+
+    vectors: np.ndarray
+    cells: np.ndarray
+    distances: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Router:
-    """Finds the shards and cells of queries in the trained index, with all cells, that shards were built from."""
+    """Finds the shards and cells of queries in the trained index, with all cells, that shards were built from.
+
+    Raises:
+        ValueError: an index without cells, or owners of another number of them.
+    """
 
     index: faiss.Index
     owners: CellOwners
 
+    def __post_init__(self) -> None:
+        cells = _ivf(self.index).nlist
+        if self.owners.shard_of_cell.shape != (cells,):
+            raise ValueError(
+                f"owners of cells (shape {self.owners.shard_of_cell.shape}) must name a shard for each of {cells} cells"
+            )
+
     def route(self, queries: np.ndarray, parameters: SearchParameters) -> Routing:
         """For queries float32 (q, d) behind the chain of transforms, as an operating point says."""
-        known = with_defaults(core_index(self.index), parameters)
-        return route(self.index, queries, known.nprobe or 1, self.owners, known.coverage or 1.0)
+        return self.choose(self.near_cells(queries, parameters), parameters)
 
+    def near_cells(self, queries: np.ndarray, parameters: SearchParameters) -> NearCells:
+        """As many cells of queries float32 (q, d) as an operating point says; all of them where there are fewer."""
+        core = _ivf(self.index)
+        nprobe = min(with_defaults(core, parameters).nprobe or 1, core.nlist)
+        vectors = transformed(self.index, queries)
+        distances, cells = _quantizer(core).search(vectors, nprobe)
+        return NearCells(vectors, cells, distances)
 
-def route(index: faiss.Index, queries: np.ndarray, nprobe: int, owners: CellOwners, coverage: float = 1.0) -> Routing:
-    """The cells and shards of queries, float32 (q, d).
+    def choose(self, near: NearCells, parameters: SearchParameters) -> Routing:
+        """The shards to ask for the cells, and what to search there.
 
-    With `coverage` below 1, a query leaves out the shards that matter least to it: its cells weigh 1 / rank, its shards
-    what their cells weigh together, and the heaviest shards are taken until they hold this share of the whole weight.
-    On 39,000 titles in 1,024 cells and 16 shards, recall@10 of 0.95 takes 50 cells in 6.5 shards with coverage 1, and
-    up to 100 cells in 3.4 shards with coverage 0.88 (8.2 % of the rows compared instead of 5.3 %).
-
-    Args:
-        index: the trained IVF index, with all cells.
-        nprobe: cells to search for each query; all of them where there are fewer.
-
-    Raises:
-        ValueError: nprobe below 1, coverage not in (0, 1], an index without cells, or another number of them.
-    """
-    core = _ivf(index)
-    if nprobe < 1:
-        raise ValueError(f"nprobe ({nprobe}) must be at least 1")
-    if not 0 < coverage <= 1:
-        raise ValueError(f"coverage ({coverage}) must be above 0 and at most 1: 1 searches all probed cells")
-    if owners.shard_of_cell.shape != (core.nlist,):
-        raise ValueError(
-            f"owners of cells (shape {owners.shard_of_cell.shape}) must name a shard for each of {core.nlist} cells"
-        )
-    vectors = transformed(index, queries)
-    distances, cells = _quantizer(core).search(vectors, min(nprobe, core.nlist))
-    weights = _shard_weights(cells, owners)
-    shards = weights > 0 if coverage == 1 else _heaviest(weights, coverage)
-    chosen = np.take_along_axis(shards, owners.shard_of_cell[cells], axis=1)
-    return Routing(vectors, np.where(chosen, cells, -1), distances, shards, owners)
+        With `coverage` below 1, a query leaves out the shards that matter least to it: its cells weigh 1 / rank, its
+        shards what their cells weigh together, and the heaviest shards are taken until they hold this share of the
+        whole weight. On 39,000 titles in 1,024 cells and 16 shards, recall@10 of 0.95 takes 50 cells in 6.5 shards
+        with coverage 1, and up to 100 cells in 3.4 shards with coverage 0.88 (8.2 % of the rows compared instead of
+        5.3 %).
+        """
+        weights, coverage = _shard_weights(near.cells, self.owners), parameters.coverage
+        shards = weights > 0 if coverage is None or coverage == 1 else _heaviest(weights, coverage)
+        chosen = np.take_along_axis(shards, self.owners.shard_of_cell[near.cells], axis=1)
+        return Routing(near.vectors, np.where(chosen, near.cells, -1), near.distances, shards, self.owners)
 
 
 def search_cells(index: AnyIndex, probes: Probes, k: int) -> tuple[np.ndarray, np.ndarray]:

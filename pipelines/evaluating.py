@@ -43,7 +43,7 @@ from penstock.pipelines.planning import Chain, Resolved, chosen_family, searched
 from penstock.pipelines.progress import Advance
 
 # Operating points are compared on this many queries at most; the chosen one is then measured on all.
-SWEEP_QUERIES = 500
+SWEEP_QUERIES = 2_000
 # Fragments that one task searches exactly.
 EXACT_FRAGMENTS = 16
 # Passages searched for each of k documents, since a document may answer with several.
@@ -107,7 +107,9 @@ class Measurement:
         chosen = choose_operating_point(table, index.recall)
         if not self.routed:
             return table, chosen
-        table += self._compare(queries, truth, k, routed_points(self.chain.spec, chosen.parameters), advance)
+        table += self._compare(
+            queries, truth, k, routed_points(self.chain.spec, chosen.parameters, index.rerank), advance
+        )
         return table, choose_routed_point(table, index.recall)
 
     def _compare(

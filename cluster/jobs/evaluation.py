@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from penstock.operators.encoding import Encoder
 from penstock.operators.entrance import Entrance
 from penstock.operators.evaluation import Neighbours, exact_neighbours
 from penstock.operators.indexing import Family, Metric
+from penstock.operators.routing import NearCells
 from penstock.operators.searching import Hits, SearchParameters, ShardSearcher, spread_hits
 from penstock.operators.sharding import hash_range
 
@@ -148,31 +148,46 @@ def measure_shard(task: MeasureTask) -> Measured:
     store = connect(task.root)
     entrance = task.files.open_entrance(store)
     searcher = open_searcher(store, task.shard, task.family, task.metric, entrance.chain)
-    search = partial(_search, searcher, entrance, task.shard.shard, task.k)
+    whole = _RoutedShard(searcher, entrance, task.shard.shard, task.k)
+    single = replace(whole)
     hits, latencies, touched = [], [], []
     for point in task.points:
-        found, asked = search(task.queries, point)
+        found, asked = whole.search(task.queries, point)
         hits.append(found)
         touched.append(len(asked))
         times_ms = []
         for query in task.queries[asked[: TIMED_QUERIES if task.timed else 0]]:
             started = time.perf_counter()
-            search(query[None, :], point)
+            single.search(query[None, :], point)
             times_ms.append(1000 * (time.perf_counter() - started))
         latencies.append(float(np.median(times_ms[WARM_UP_QUERIES:])) if len(times_ms) > WARM_UP_QUERIES else 0.0)
     return Measured(task.shard.shard, tuple(hits), tuple(latencies), tuple(touched), searcher.own_ids(task.ids))
 
 
-def _search(
-    searcher: ShardSearcher, entrance: Entrance, shard: int, k: int, queries: np.ndarray, point: SearchParameters
-) -> tuple[Hits, np.ndarray]:
-    """Hits in a shard of all queries that need it, and which these are, int64 (n,)."""
-    routing = entrance.route(queries, point)
-    if routing is None:
-        return searcher.search(queries, k, point), np.arange(len(queries))
-    asked = np.flatnonzero(routing.shards[:, shard])
-    hits = searcher.search(queries[asked], k, point, probes=routing.probes(shard, asked))
-    return spread_hits(hits, asked, len(queries)), asked
+@dataclass
+class _RoutedShard:
+    """One shard, searched with the queries that need it; their cells are found once for each number of them."""
+
+    searcher: ShardSearcher
+    entrance: Entrance
+    shard: int
+    k: int
+    _queries: np.ndarray | None = None
+    _nprobe: int | None = None
+    _near: NearCells | None = None
+
+    def search(self, queries: np.ndarray, point: SearchParameters) -> tuple[Hits, np.ndarray]:
+        """Hits of all queries that need the shard, and which these are, int64 (n,)."""
+        router = self.entrance.router
+        if router is None:
+            return self.searcher.search(queries, self.k, point), np.arange(len(queries))
+        if self._near is None or self._queries is not queries or self._nprobe != point.nprobe:
+            self._near = router.near_cells(self.entrance.transformed(queries), point)
+            self._queries, self._nprobe = queries, point.nprobe
+        routing = router.choose(self._near, point)
+        asked = np.flatnonzero(routing.shards[:, self.shard])
+        hits = self.searcher.search(queries[asked], self.k, point, probes=routing.probes(self.shard, asked))
+        return spread_hits(hits, asked, len(queries)), asked
 
 
 def read_relevance(store_url: str, path: str) -> dict[str, dict[str, float]]:

@@ -9,15 +9,16 @@ from penstock.operators.indexing import Codec, Family, IndexSpec, Metric, factor
 from penstock.operators.routing import (
     CellOwners,
     Probes,
+    Router,
+    Routing,
     index_cells,
     index_centroids,
     only_cells,
     plant_centroids,
-    route,
     search_cells,
     transformed,
 )
-from penstock.operators.searching import normalize
+from penstock.operators.searching import SearchParameters, normalize
 
 DIMENSION, ROWS, CELLS, SHARDS, K = 32, 2_000, 24, 5, 10
 FACTORIES = ["IVF24,Flat", "IVF24,SQ8", "IVF24,PQ8", "RR32,IVF24,RaBitQ4", "RR32,IVF24,RaBitQ", "PCA16,IVF24,SQfp16"]
@@ -46,6 +47,10 @@ def _trained(factory: str) -> np.ndarray:
     index = _untrained(factory)
     index.train(_vectors(ROWS, seed=1))
     return faiss.serialize_index(index)
+
+
+def route(index: faiss.Index, queries: np.ndarray, nprobe: int, owners: CellOwners, coverage: float = 1.0) -> Routing:
+    return Router(index, owners).route(queries, SearchParameters(nprobe=nprobe, coverage=coverage))
 
 
 def _owning(trained: np.ndarray, cells: np.ndarray) -> faiss.Index:
@@ -163,19 +168,10 @@ def test_planted_centroids_stay(factory: str) -> None:
     assert index.ntotal == ROWS
 
 
-@pytest.mark.parametrize(
-    ("nprobe", "cells", "coverage", "message"),
-    [
-        (0, CELLS, 1.0, "nprobe (0) must be at least 1"),
-        (1, 3, 1.0, "owners of cells (shape (3,)) must name a shard for each of 24"),
-        (1, CELLS, 0.0, "coverage (0.0) must be above 0 and at most 1"),
-        (1, CELLS, 1.5, "coverage (1.5) must be above 0 and at most 1"),
-    ],
-)
-def test_unfit_routes_are_refused(nprobe: int, cells: int, coverage: float, message: str) -> None:
+def test_owners_of_another_number_of_cells_are_refused() -> None:
     index = faiss.deserialize_index(_trained("IVF24,Flat"))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        route(index, _vectors(2), nprobe, CellOwners(np.zeros(cells, np.int32), 1), coverage)
+    with pytest.raises(ValueError, match=re.escape("owners of cells (shape (3,)) must name a shard for each of 24")):
+        Router(index, CellOwners(np.zeros(3, np.int32), 1))
 
 
 def test_centroids_of_another_shape_are_refused() -> None:
