@@ -35,7 +35,7 @@ from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
 from penstock.pipelines.ledger import LedgerDisagrees
 from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.pipeline import Pipeline
-from penstock.pipelines.plots import tuning_svg
+from penstock.pipelines.plots import curve_svg, tuning_svg
 from penstock.pipelines.progress import choose_reporter
 from penstock.pipelines.query_encoder import CodeNotTrusted
 from penstock.pipelines.reader import AliasUnknown, find_alias, open_index
@@ -43,6 +43,7 @@ from penstock.pipelines.reporting import (
     answer_rows,
     answers_view,
     coverage_text,
+    curve_view,
     difference_view,
     plan_summary,
     plan_table,
@@ -174,6 +175,22 @@ def tune(
     if not record["met"]:
         sys.stderr.write(f"{unmet(record)}\n")
         raise typer.Exit(EXIT_GATE)
+
+
+@app.command("dedup-curve")
+def dedup_curve(
+    file: File,
+    set_: Overrides = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the share removed over the threshold into this SVG file.")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Show what each similarity would remove as duplicates by meaning."""
+    record = Pipeline.load(file, set_ or ()).dedup_curve(choose_reporter(json_))
+    if plot is not None:
+        plot.write_text(curve_svg(record))
+    _output(json_, {"event": "dedup-curve", **record}, lambda: print_view(curve_view(record)))
 
 
 @app.command()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
@@ -31,7 +33,14 @@ from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join
 from penstock.pipelines.ledger import StageEntry
-from penstock.pipelines.planning import Deduplicated, Embedded, Resolved, deduplicated_of, kept_record_path
+from penstock.pipelines.planning import (
+    Deduplicated,
+    Embedded,
+    Resolved,
+    deduplicated_of,
+    kept_record_path,
+    vector_bytes,
+)
 from penstock.pipelines.progress import Reporter
 
 ROWS_PER_CELL = 500
@@ -39,6 +48,7 @@ MOST_CELLS = 16_384
 JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies of one part
 RECALL_QUERIES = 300
 HISTOGRAM_BINS = 20
+CURVE_STEPS = 11
 
 
 @dataclass
@@ -67,10 +77,41 @@ class Deduplicating:
         before = done.rows + removed
         return done, StageEntry(KEPT, before, done.rows, dropped, len(done.embeddings), seconds=seconds)
 
+    def curve(self) -> dict[str, Any]:
+        """What thresholds from the floor on would remove: rows, their share, and bytes of stored vectors. Pairs that are
+        stored are not looked for again.
+
+        Memory: as `run`; each threshold decides in buckets.
+        """
+        plan = Deduplicated.of(self.resolved, self.embedded)
+        job, rows, _ = self._join_job(plan)
+        records = self._pairs(job)
+        thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
+        points = []
+        with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
+            for threshold in thresholds:
+                removal = replace(self._removal(plan, records), similarity=threshold)
+                removal = replace(removal, fingerprint=plan.removal_at(threshold))
+                removed = remove_duplicates(self.session, removal)
+                points.append(
+                    {
+                        "similarity": threshold,
+                        "removed": removed,
+                        "share": round(removed / max(rows, 1), 6),
+                        "saved_bytes": removed * vector_bytes(self.resolved),
+                    }
+                )
+                advance(1, f"{threshold:g}: {removed:,} rows go")
+        pairs = sum(record.pairs for record in records)
+        return {"rows": rows, "pairs": pairs, "floor": plan.floor, "similarity": plan.similarity, "points": points}
+
+    def _pairs(self, job: JoinJob) -> list[PartRecord]:
+        with self.reporter.stage(PAIRS, job.parts, "parts") as advance:
+            return find_pairs(self.session, job, _counted(advance))
+
     def _deduplicate(self, plan: Deduplicated) -> None:
         job, rows, factor = self._join_job(plan)
-        with self.reporter.stage(PAIRS, job.parts, "parts") as advance:
-            records = find_pairs(self.session, job, _counted(advance))
+        records = self._pairs(job)
         share = min(1.0, RECALL_QUERIES / max(rows, 1))
         seed = self.resolved.pipeline.deduplicate.seed
         with self.reporter.stage("pair recall", 1, "sample") as advance:

@@ -12,10 +12,10 @@ from typing import Any
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
 from penstock.pipelines.config import PipelineFile
-from penstock.pipelines.loading import Origin, load_pipeline, parse_pipeline
+from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
 from penstock.pipelines.planning import Plan, alias_head, make_plan, resolve
 from penstock.pipelines.progress import Reporter, SilentReporter
-from penstock.pipelines.running import Report, execute, tune
+from penstock.pipelines.running import Report, curve_of_duplicates, execute, tune
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,20 @@ class Pipeline:
         plan = make_plan(resolve(self.config, self.origin), store, 0)
         with _stop_on_sigterm(), Session() as session:
             return tune(plan, self.origin, store, session, reporter or SilentReporter(), exhaustive)
+
+    def dedup_curve(self, reporter: Reporter | None = None) -> dict[str, Any]:
+        """What each threshold of `deduplicate.similarity` would remove, embedding first what is not embedded.
+
+        Raises:
+            As `run`; PipelineFileInvalid where the file does not ask for deduplication by meaning.
+        """
+        if self.config.deduplicate.type != "semantic":
+            rule = f"({self.config.deduplicate.type}) must be semantic for a curve of thresholds; set it in the file"
+            raise PipelineFileInvalid([self.origin.problem("deduplicate.type", rule)])
+        store = self.store
+        plan = make_plan(resolve(self.config, self.origin), store, 0)
+        with _stop_on_sigterm(), Session() as session:
+            return curve_of_duplicates(plan, self.origin, store, session, reporter or SilentReporter())
 
 
 @contextmanager

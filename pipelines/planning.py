@@ -324,7 +324,7 @@ class Deduplicated:
 
     centroids: str
     pairs: str
-    removal: str
+    removals: dict[str, Any]
     kept: str
     join: Join
     floor: float
@@ -338,16 +338,18 @@ class Deduplicated:
         members = fingerprint_set(list(embedded.embeddings.values()))
         centroids = fingerprint(stage=CENTROIDS, of=PAIRS, version=KEPT_VERSION, embeddings=members, seed=asked.seed)
         pairs = fingerprint(stage=PAIRS, centroids=centroids, join=asked.join.value, floor=asked.least)
-        removal = fingerprint(
-            stage=REMOVAL,
-            pairs=pairs,
-            selection=resolved.selection_fingerprint,
-            similarity=asked.similarity,
-            keep=asked.keep,
-            seed=asked.seed,
-        )
-        kept = fingerprint(stage=KEPT, removal=removal)
-        return cls(centroids, pairs, removal, kept, asked.join, asked.least, asked.similarity, asked.seed)
+        rule = {"pairs": pairs, "selection": resolved.selection_fingerprint, "keep": asked.keep, "seed": asked.seed}
+        kept = fingerprint(stage=KEPT, similarity=asked.similarity, **rule)
+        return cls(centroids, pairs, rule, kept, asked.join, asked.least, asked.similarity, asked.seed)
+
+    @property
+    def removal(self) -> str:
+        """What goes at the similarity of the file."""
+        return self.removal_at(self.similarity)
+
+    def removal_at(self, similarity: float) -> str:
+        """What goes from a similarity on."""
+        return fingerprint(stage=REMOVAL, similarity=similarity, **self.removals)
 
     def fragment(self, embeddings: str) -> str:
         """The fragment of what stays of an embeddings fragment."""

@@ -9,6 +9,8 @@ WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 80, 30, 64, 60
 COLOURS = {"flat": "#6b7280", "hnsw": "#1d4ed8", "ivf": "#b45309"}
 TICK_FACTORS = (1, 2, 5)
+PLOT_HEIGHT = HEIGHT - BOTTOM - TOP
+CURVE_LINES = 5
 LABEL_OFFSET = 13
 STYLE = "font-family: system-ui, sans-serif; font-size: 12px; fill: #111827"
 
@@ -37,6 +39,56 @@ def tuning_svg(record: dict[str, Any]) -> str:
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def curve_svg(record: dict[str, Any]) -> str:
+    """The share of passages that each threshold removes; the threshold of the file is ringed."""
+    points = record["points"]
+    floor, most = record["floor"], max(point["share"] for point in points)
+    top = max(most * 1.1, 1e-4)
+
+    def place(point: dict[str, Any]) -> tuple[float, float]:
+        across = (point["similarity"] - floor) / max(1 - floor, 1e-9)
+        return round(LEFT + across * (WIDTH - RIGHT - LEFT), 1), round(
+            HEIGHT - BOTTOM - point["share"] / top * PLOT_HEIGHT, 1
+        )
+
+    places = [place(point) for point in points]
+    bottom = HEIGHT - BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        f'viewBox="0 0 {WIDTH} {HEIGHT}" style="{STYLE}">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _text(
+            LEFT, 24, f"Duplicates by meaning among {record['rows']:,} passages", "font-size: 15px; font-weight: 600"
+        ),
+        _text(LEFT, 46, "share removed at each threshold; ringed: the threshold of the file", "fill: #4b5563"),
+        _text(
+            (LEFT + WIDTH - RIGHT) / 2,
+            HEIGHT - 16,
+            "cosine similarity from which on two mean the same",
+            anchor="middle",
+        ),
+        f'<line x1="{LEFT}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}" stroke="#9ca3af"/>',
+    ]
+    for step in range(CURVE_LINES + 1):
+        share = top * step / CURVE_LINES
+        down = round(bottom - PLOT_HEIGHT * step / CURVE_LINES, 1)
+        parts.append(f'<line x1="{LEFT}" y1="{down}" x2="{WIDTH - RIGHT}" y2="{down}" stroke="#e5e7eb"/>')
+        parts.append(_text(LEFT - 8, down + 4, f"{share:.1%}", anchor="end"))
+    line = " ".join(f"{across},{down}" for across, down in places)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS["hnsw"]}" stroke-width="2"/>')
+    for point, (across, down) in zip(points, places, strict=True):
+        chosen = point["similarity"] == record["similarity"]
+        about = f"{point['similarity']:g}: {point['removed']:,} of {record['rows']:,}, {point['saved_bytes']:,} bytes"
+        if chosen:
+            parts.append(f'<circle cx="{across}" cy="{down}" r="10" fill="none" stroke="#dc2626" stroke-width="2"/>')
+        parts.append(
+            f'<g><title>{escape(about)}</title><circle cx="{across}" cy="{down}" r="4" fill="{COLOURS["hnsw"]}"/></g>'
+        )
+        if not any(abs(across - other) < 34 for other, _ in places[: places.index((across, down))]):
+            parts.append(_text(across, bottom + 18, f"{point['similarity']:g}", anchor="middle"))
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 class _Axis:

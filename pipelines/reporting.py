@@ -82,6 +82,25 @@ def tuning_view(record: dict[str, Any]) -> RenderableType:
     return Group(table, Text(f"Measured on {rows:,} vectors, one thread; front: no other is better in every column."))
 
 
+def curve_view(record: dict[str, Any]) -> RenderableType:
+    """What each threshold removes as duplicates by meaning."""
+    table = _table("", "threshold", "removed", "share", "saved bytes")
+    for point in record["points"]:
+        mark = "in the file" if point["similarity"] == record["similarity"] else ""
+        _row(
+            table,
+            mark,
+            f"{point['similarity']:g}",
+            f"{point['removed']:,}",
+            f"{point['share']:.2%}",
+            f"{point['saved_bytes']:,}",
+        )
+    words = (
+        f"{record['pairs']:,} pairs of {record['rows']:,} passages reach {record['floor']:g}; bytes of stored vectors."
+    )
+    return Group(table, Text(words))
+
+
 def difference_view(difference: Difference) -> RenderableType:
     """Two versions side by side, and what became of documents and answers."""
     table = _table("", "old", "new")
@@ -283,6 +302,10 @@ def _table(*columns: str, title: str | None = None) -> Table:
         "idle",
         "written",
         "similarity",
+        "threshold",
+        "removed",
+        "share",
+        "saved bytes",
         "bytes/vector",
         "stored",
         "recall",

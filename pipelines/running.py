@@ -175,6 +175,20 @@ def tune(
         return run.tune(exhaustive)
 
 
+def curve_of_duplicates(
+    plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter
+) -> dict[str, Any]:
+    """What thresholds of deduplication by meaning would remove, on vectors that are made first where they are missing.
+
+    Raises:
+        LeaseHeld, StoreUnsuitable: as `execute`.
+    """
+    store.probe()
+    run = Run(plan.resolved, origin, store, session, reporter, new_run_id(plan.resolved.pipeline.name))
+    with acquire(store, plan.resolved.pipeline.name, run.run_id):
+        return run.curve_of_duplicates()
+
+
 class Run:
     """One execution. Each stage method does what is missing of its stage and enters it in the ledger."""
 
@@ -228,6 +242,11 @@ class Run:
         if not asked.index_chosen:
             write_json(self._store, choice_path(self.resolved.choice_fingerprint(embedded.rows)), record)
         return record
+
+    def curve_of_duplicates(self) -> dict[str, Any]:
+        """All stages that end with vectors, then the pairs, and what each threshold removes."""
+        embedded = self._vectors()[0]
+        return Deduplicating(self._session, self._store, self._reporter, self.resolved, embedded).curve()
 
     def _vectors(self) -> tuple[Embedded, list[Receipt]]:
         self._write_stage_record(PASSAGES, self.resolved.stage_fingerprint(PASSAGES))

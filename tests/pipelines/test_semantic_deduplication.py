@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.identity import row_hashes
 from penstock.pipelines import Pipeline, open_index
+from penstock.pipelines.cli import app
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.running import Report
@@ -154,6 +156,26 @@ def test_other_rules_leave_no_two_rows_that_are_similar(workspace: Workspace, ru
         assert (near @ rows[gone][0]).max() >= SIMILARITY - 1e-6
     if rule.get("keep") == "column:topic desc":
         assert not {name for name in set(rows) - stays if name.startswith("d") and f"e{name[1:]}" in stays}
+
+
+def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_path: Path) -> None:
+    path, drawn = workspace.file(deduplicate=RULE), tmp_path / "curve.svg"
+    done = CliRunner().invoke(app, ["dedup-curve", str(path), "--plot", str(drawn), "--json"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    rows = encoded(workspace.root)
+    removed = {point["similarity"]: point["removed"] for point in record["points"]}
+    assert removed[SIMILARITY] == len(rows) - len(published(workspace.root))
+    for similarity in (0.85, 0.97):
+        assert removed[similarity] == len(rows) - len(expected(workspace.root, similarity))
+    counts = [point["removed"] for point in record["points"]]
+    assert counts == sorted(counts, reverse=True) and record["rows"] == len(rows)
+    text = drawn.read_text()
+    assert text.startswith("<svg") and f"{SIMILARITY:g}: {removed[SIMILARITY]}" in text
+    shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
+    assert shown.exit_code == 0 and "in the file" in shown.stdout and f"{removed[SIMILARITY]:,}" in shown.stdout
+    other = CliRunner().invoke(app, ["dedup-curve", str(workspace.file(deduplicate={"type": "exact"}))])
+    assert other.exit_code == 2 and "must be semantic for a curve of thresholds" in other.output
 
 
 def test_cleaning_up_leaves_what_other_thresholds_need(workspace: Workspace) -> None:
