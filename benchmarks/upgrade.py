@@ -141,11 +141,10 @@ PEERS = ("procrustes", "ridge", "low rank")
 
 def answers(queries: np.ndarray, documents: np.ndarray) -> list[list[str]]:
     """The ids, numbers of rows, of the K nearest documents of each query: exact."""
-    names = pa.array([str(row) for row in range(len(documents))])
-    found: list[list[str]] = exact_neighbours(
-        queries, [(names, documents)], K, COSINE, [None] * len(queries)
-    ).ids.tolist()
-    return found
+    batches = [(pa.array([str(row) for row in range(len(documents))]), documents)]
+    found = exact_neighbours(queries, batches, K, Metric.INNER_PRODUCT, [None] * len(queries))
+    ids: list[list[str]] = found.ids.tolist()
+    return ids
 
 
 def recall(queries: np.ndarray, documents: np.ndarray, judged: Judged) -> np.ndarray:
