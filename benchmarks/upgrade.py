@@ -45,7 +45,6 @@ from penstock.operators.vector_store import ArrayVectors
 
 K = 10
 SEED = 7
-CHOOSING_K = 100  # deeper than what is measured: where an answer is missed at 10, by how much still tells fits apart
 LINEAR_VARIANCE = 0.9  # of held-out queries' vectors that an affine map explains: such a pair is linearly related
 LEAST_RECOVERY = 0.95
 MOST_MICROSECONDS = 50.0
@@ -140,10 +139,10 @@ PEERS = ("procrustes", "ridge", "low rank")
 # ---- quality
 
 
-def answers(queries: np.ndarray, documents: np.ndarray, k: int = K) -> list[list[str]]:
-    """The ids, numbers of rows, of the k nearest documents of each query: exact."""
+def answers(queries: np.ndarray, documents: np.ndarray) -> list[list[str]]:
+    """The ids, numbers of rows, of the K nearest documents of each query: exact."""
     batches = [(pa.array([str(row) for row in range(len(documents))]), documents)]
-    found = exact_neighbours(queries, batches, k, Metric.INNER_PRODUCT, [None] * len(queries))
+    found = exact_neighbours(queries, batches, K, Metric.INNER_PRODUCT, [None] * len(queries))
     ids: list[list[str]] = found.ids.tolist()
     return ids
 
@@ -156,8 +155,8 @@ def recall(queries: np.ndarray, documents: np.ndarray, judged: Judged) -> np.nda
     return shares
 
 
-def ndcg(queries: np.ndarray, documents: np.ndarray, judged: Judged, k: int = K) -> np.ndarray:
-    return ndcg_at_k(answers(queries, documents, k), [{str(row): 1.0 for row in rows} for rows in judged], k)
+def ndcg(queries: np.ndarray, documents: np.ndarray, judged: Judged) -> np.ndarray:
+    return ndcg_at_k(answers(queries, documents), [{str(row): 1.0 for row in rows} for rows in judged], K)
 
 
 # ---- bridges
@@ -171,7 +170,7 @@ def bridge(pair: tuple[str, str], old: Space, new: Space, texts: Texts) -> Bridg
 
     def quality(adapter: Adapter, rows: np.ndarray) -> np.ndarray:
         judged = [texts.fitting_relevant[row] for row in rows]
-        return ndcg(adapter.apply(new.fitting_queries[rows]), old.documents, judged, CHOOSING_K)
+        return ndcg(adapter.apply(new.fitting_queries[rows]), old.documents, judged)
 
     asked = Trial(Direction.QUERIES_TO_OLD, Pairs(new.fitting_queries, old.fitting_queries), old.documents)
     chosen, _ = choose_fit(Direction.QUERIES_TO_OLD, sample, quality, COSINE, SEED, partial(agreement, trial=asked))

@@ -283,7 +283,15 @@ def choose_fit(
         quality: of an adapter's answers, from the numbers of held-out rows of `sample.held_out_from`: floating point,
             the higher the better; recall or nDCG by judgements, else `agreement`.
         fidelity: likewise; `agreement` where quality is by judgements.
+
+    Raises:
+        ValueError: documents are to be mapped, and the sample holds queries.
     """
+    if direction is Direction.DOCUMENTS_TO_NEW and sample.queries is not None:
+        raise ValueError(
+            f"sample for {direction} ({len(sample.queries)} pairs of queries) must hold documents alone, as these are "
+            "mapped and held out; leave the queries out"
+        )
     order = np.random.default_rng(seed).permutation(len(sample.held_out_from))
     folds = [(sample.without(rows), rows) for rows in np.array_split(order, FOLDS)]
 
@@ -292,8 +300,8 @@ def choose_fit(
         found = np.concatenate([quality(adapter, rows) for adapter, rows in adapters])
         if fidelity is None:
             return Candidate(fit, found)
-        kept = np.concatenate([fidelity(adapter, rows) for adapter, rows in adapters])
-        return Candidate(fit, found, float(kept.mean()))
+        faithful = np.concatenate([fidelity(adapter, rows) for adapter, rows in adapters])
+        return Candidate(fit, found, float(faithful.mean()))
 
     weights = QUERY_WEIGHTS if sample.queries is not None else (1.0,)
     candidates = [tried(Fit(method, weight)) for weight in weights for method in _linear_methods(direction)]

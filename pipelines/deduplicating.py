@@ -78,8 +78,9 @@ class Deduplicating:
         return done, StageEntry(KEPT, before, done.rows, dropped, len(done.embeddings), seconds=seconds)
 
     def curve(self) -> dict[str, Any]:
-        """What thresholds from the floor on would remove: rows, their share, and bytes of stored vectors. Pairs that are
-        stored are not looked for again.
+        """What thresholds from the floor on would remove: rows, their share, and bytes of stored vectors.
+
+        Pairs that are stored are not looked for again.
 
         Memory: as `run`; each threshold decides in buckets.
         """

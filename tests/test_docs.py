@@ -265,6 +265,20 @@ def test_options_of_one_family_or_codec_redo_training(workspace: Path) -> None:
     store = LocalStore(Path("demo"))
     pairs = {
         "index.nlist": (["index.family=ivf"], "index.nlist=1", "index.nlist=2"),
+        **{
+            f"deduplicate.{key}": (
+                ["deduplicate.type=semantic"],
+                f"deduplicate.{key}={one}",
+                f"deduplicate.{key}={other}",
+            )
+            for key, one, other in (
+                ("similarity", 0.9, 0.95),
+                ("keep", "first", "random"),
+                ("join", "exact", "cluster"),
+                ("floor", 0.85, 0.9),
+                ("seed", 1, 2),
+            )
+        },
         "index.iterations": (["index.family=ivf"], "index.iterations=0", "index.iterations=1"),
         "index.transforms": (["index.family=flat"], "index.transforms=[]", "index.transforms=[{type: rotation}]"),
         "index.sharding": (

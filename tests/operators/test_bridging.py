@@ -252,7 +252,7 @@ def test_fidelity_decides_where_quality_hardly_does() -> None:
             return np.full(len(rows), float(isinstance(adapter.method, Ridge)))
 
         sample = Sample(documents, queries)
-        return choose_fit(Direction.DOCUMENTS_TO_NEW, sample, quality, INNER, 1, fidelity)[0].method
+        return choose_fit(Direction.QUERIES_TO_OLD, sample, quality, INNER, 1, fidelity)[0].method
 
     error = noise.std() / np.sqrt(40)
     assert isinstance(chosen(0.5 * error), Ridge)
@@ -387,6 +387,7 @@ def test_samples_are_known_by_their_hash() -> None:
     ("make", "message"),
     [
         (lambda: Pairs(np.ones((2, 3)), np.ones((3, 3))), r"target vectors of pairs \(shape \(3, 3\)\)"),
+        (lambda: _choose_for_documents(), r"sample for documents_to_new \(5 pairs of queries\) must hold documents"),
         (lambda: Pairs(np.ones((0, 3)), np.ones((0, 3))), r"source vectors of pairs \(shape \(0, 3\)\)"),
         (lambda: fit_adapter(Ridge(), Pairs(np.ones((9, 3)), _texts(1, 9)), COSINE), "mean variance 0"),
         (lambda: fit_adapter(LowRank(20), Pairs(_texts(1, 9), _texts(2, 9)), COSINE), r"rank of low_rank \(20\)"),
@@ -408,6 +409,11 @@ def test_samples_are_known_by_their_hash() -> None:
 def test_errors_name_what_is_wrong(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def _choose_for_documents() -> None:
+    pairs = Pairs(_texts(1, 5), _texts(2, 5))
+    choose_fit(Direction.DOCUMENTS_TO_NEW, Sample(pairs, pairs), lambda _, rows: np.ones(len(rows)), COSINE, 1)
 
 
 def _affine(matrix: np.ndarray) -> Adapter:

@@ -17,8 +17,8 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.identity import row_hashes
 from penstock.pipelines import Pipeline, open_index
-from penstock.pipelines.cli import app
 from penstock.pipelines.cleanup import collect_garbage
+from penstock.pipelines.cli import app
 from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.running import Report
 
@@ -175,7 +175,7 @@ def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_p
     shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
     assert shown.exit_code == 0 and "in the file" in shown.stdout and f"{removed[SIMILARITY]:,}" in shown.stdout
     other = CliRunner().invoke(app, ["dedup-curve", str(workspace.file(deduplicate={"type": "exact"}))])
-    assert other.exit_code == 2 and "must be semantic for a curve of thresholds" in other.output
+    assert isinstance(other.exception, PipelineFileInvalid) and "must be semantic" in str(other.exception)
 
 
 def test_cleaning_up_leaves_what_other_thresholds_need(workspace: Workspace) -> None:
