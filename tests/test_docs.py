@@ -28,7 +28,7 @@ from penstock.operators.rows import Reason
 from penstock.pipelines import Pipeline, config, open_index
 from penstock.pipelines.cli import EXIT_CODES, app
 from penstock.pipelines.loading import PipelineFileInvalid, parse_pipeline
-from penstock.pipelines.planning import STAGES, embedded_of, facts_path, make_chain, read_facts, resolve
+from penstock.pipelines.planning import STAGES, Deduplicated, embedded_of, facts_path, make_chain, read_facts, resolve
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
@@ -36,7 +36,7 @@ BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"\bpenstock ([a-z]+)((?: (?!#)[^\n`|]*)?)")
+COMMAND = re.compile(r"\bpenstock ([a-z-]+)((?: (?!#)[^\n`|]*)?)")
 
 # A pipeline file that fragments of the pages are merged over, and that the tables are checked with.
 PIPELINE = """
@@ -263,6 +263,7 @@ def test_changing_a_key_redoes_what_the_table_says(workspace: Path) -> None:
 
 def test_options_of_one_family_or_codec_redo_training(workspace: Path) -> None:
     store = LocalStore(Path("demo"))
+    semantic = ["deduplicate.type=semantic"]
     pairs = {
         "index.nlist": (["index.family=ivf"], "index.nlist=1", "index.nlist=2"),
         **{
@@ -436,7 +437,10 @@ def _identities(overrides: list[str], store: Store) -> dict[str, object]:
         return found
     facts = read_facts(store, resolved.selection_fingerprint)
     assert facts is not None
-    chain = make_chain(resolved, embedded_of(resolved, facts))
+    embedded = embedded_of(resolved, facts)
+    if resolved.pipeline.deduplicate.type == "semantic":
+        found["kept"] = Deduplicated.of(resolved, embedded).kept
+    chain = make_chain(resolved, embedded)
     stages = chain.stages(resolved)
     return {**found, **{stage: stages[stage] for stage in STAGES[2:]}, "the manifest": chain.version}
 
