@@ -263,7 +263,6 @@ def test_changing_a_key_redoes_what_the_table_says(workspace: Path) -> None:
 
 def test_options_of_one_family_or_codec_redo_training(workspace: Path) -> None:
     store = LocalStore(Path("demo"))
-    semantic = ["deduplicate.type=semantic"]
     pairs = {
         "index.nlist": (["index.family=ivf"], "index.nlist=1", "index.nlist=2"),
         **{
