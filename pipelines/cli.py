@@ -34,6 +34,7 @@ from penstock.pipelines.diffing import compare
 from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
 from penstock.pipelines.ledger import LedgerDisagrees
 from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.pages import pairs_page
 from penstock.pipelines.pipeline import Pipeline
 from penstock.pipelines.plots import curve_svg, tuning_svg
 from penstock.pipelines.progress import choose_reporter
@@ -184,12 +185,17 @@ def dedup_curve(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the share removed over the threshold into this SVG file.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Show pairs near the threshold side by side in this HTML file.")
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Show what each similarity would remove as duplicates by meaning."""
     record = Pipeline.load(file, set_ or ()).dedup_curve(choose_reporter(json_))
     if plot is not None:
         plot.write_text(curve_svg(record))
+    if page is not None:
+        page.write_text(pairs_page(record), "utf-8")
     _output(json_, {"event": "dedup-curve", **record}, lambda: print_view(curve_view(record)))
 
 

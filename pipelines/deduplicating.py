@@ -10,6 +10,7 @@ import numpy as np
 
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
+from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import (
@@ -49,6 +50,7 @@ JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies of one part
 RECALL_QUERIES = 300
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 11
+EXAMPLES, EXAMPLE_MARGIN = 40, 0.02
 
 
 @dataclass
@@ -78,7 +80,9 @@ class Deduplicating:
         return done, StageEntry(KEPT, before, done.rows, dropped, len(done.embeddings), seconds=seconds)
 
     def curve(self) -> dict[str, Any]:
-        """What thresholds from the floor on would remove: rows, their share, and bytes of stored vectors.
+        """What thresholds from the floor on would remove, in rows, their share, and bytes of stored vectors.
+
+        With pairs near the threshold of the file, to judge it by.
 
         Pairs that are stored are not looked for again.
 
@@ -103,8 +107,34 @@ class Deduplicating:
                     }
                 )
                 advance(1, f"{threshold:g}: {removed:,} rows go")
-        pairs = sum(record.pairs for record in records)
-        return {"rows": rows, "pairs": pairs, "floor": plan.floor, "similarity": plan.similarity, "points": points}
+        return {
+            "rows": rows,
+            "pairs": sum(record.pairs for record in records),
+            "floor": plan.floor,
+            "similarity": plan.similarity,
+            "points": points,
+            "examples": self._examples(plan, records),
+        }
+
+    def _examples(self, plan: Deduplicated, records: list[PartRecord]) -> list[dict[str, Any]]:
+        """Pairs near the threshold, with their texts."""
+        root, files = self.store.url, tuple(path for record in records for path in record.files)
+        task = NearTask(root, files, plan.similarity, EXAMPLE_MARGIN, EXAMPLES, plan.seed)
+        pairs = self.session.run(near_pairs, task)
+        hashes = np.unique(np.concatenate([pairs.column(name).to_numpy() for name in ("left", "right")]))
+        fingerprint = self.resolved.stage_fingerprint(PASSAGES)
+        fragments = [fact.passages for fact in self.embedded.facts if fact.passages in self.embedded.embeddings]
+        texts: dict[int, dict[str, str]] = {}
+        with self.reporter.stage("texts", len(fragments), "fragments") as advance:
+            for table in self.session.stream(
+                texts_of, [TextsTask(root, fingerprint, one, hashes) for one in fragments]
+            ):
+                texts |= {row["row_hash"]: {"id": row["passage_id"], "text": row["text"]} for row in table.to_pylist()}
+                advance(1, f"{len(texts)} passages")
+        return [
+            {"similarity": round(pair["similarity"], 6), "left": texts[pair["left"]], "right": texts[pair["right"]]}
+            for pair in pairs.to_pylist()
+        ]
 
     def _pairs(self, job: JoinJob) -> list[PartRecord]:
         with self.reporter.stage(PAIRS, job.parts, "parts") as advance:

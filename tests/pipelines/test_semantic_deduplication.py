@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,8 @@ def test_other_rules_leave_no_two_rows_that_are_similar(workspace: Workspace, ru
 
 
 def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_path: Path) -> None:
-    path, drawn = workspace.file(deduplicate=RULE), tmp_path / "curve.svg"
-    done = CliRunner().invoke(app, ["dedup-curve", str(path), "--plot", str(drawn), "--json"])
+    path, drawn, page = workspace.file(deduplicate=RULE), tmp_path / "curve.svg", tmp_path / "pairs.html"
+    done = CliRunner().invoke(app, ["dedup-curve", str(path), "--plot", str(drawn), "--page", str(page), "--json"])
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout.strip().splitlines()[-1])
     rows = encoded(workspace.root)
@@ -172,6 +173,12 @@ def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_p
     assert counts == sorted(counts, reverse=True) and record["rows"] == len(rows)
     text = drawn.read_text()
     assert text.startswith("<svg") and f"{SIMILARITY:g}: {removed[SIMILARITY]}" in text
+    examples = record["examples"]
+    assert examples and all(abs(pair["similarity"] - SIMILARITY) <= 0.02 for pair in examples)
+    for pair in examples:
+        near = float(rows[pair["left"]["id"]][0] @ rows[pair["right"]["id"]][0])
+        assert pair["similarity"] == pytest.approx(near, abs=1e-3)
+    assert page.read_text().count("<tr") == len(examples) + 1 and escape(examples[0]["left"]["id"]) in page.read_text()
     shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
     assert shown.exit_code == 0 and "in the file" in shown.stdout and f"{removed[SIMILARITY]:,}" in shown.stdout
     other = CliRunner().invoke(app, ["dedup-curve", str(workspace.file(deduplicate={"type": "exact"}))])

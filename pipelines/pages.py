@@ -1,0 +1,48 @@
+"""Pages of what was found, as HTML that any browser shows without a network."""
+
+from html import escape
+from typing import Any
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #111827; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
+table { border-collapse: collapse; width: 100%; table-layout: fixed }
+th, td { border-top: 1px solid #e5e7eb; padding: .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+th:first-child, td:first-child { width: 6rem; font-variant-numeric: tabular-nums }
+small { color: #4b5563 }
+.goes { background: #fef3c7 }
+"""
+MOST_CHARACTERS = 1_200
+
+
+def pairs_page(record: dict[str, Any]) -> str:
+    """Pairs near the threshold side by side; those that reach it, of which one goes, are marked."""
+    rows = "\n".join(_pair(pair, record["similarity"]) for pair in record["examples"])
+    title = f"Pairs near {record['similarity']:g}"
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>{STYLE}</style>
+<h1>{title}</h1>
+<p>{len(record["examples"])} of {record["pairs"]:,} stored pairs of {record["rows"]:,} passages, chosen at random among
+those whose cosine similarity is near the threshold. Marked pairs reach it: one of the two goes, unless it went
+already.</p>
+<table>
+<tr><th>similarity</th><th>passage</th><th>passage</th></tr>
+{rows}
+</table>
+</html>
+"""
+
+
+def _pair(pair: dict[str, Any], threshold: float) -> str:
+    kind = ' class="goes"' if pair["similarity"] >= threshold else ""
+    cells = "".join(f"<td>{_passage(pair[side])}</td>" for side in ("left", "right"))
+    return f"<tr{kind}><td>{pair['similarity']:.4f}</td>{cells}</tr>"
+
+
+def _passage(passage: dict[str, str]) -> str:
+    text = passage["text"]
+    shown = text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "…"
+    return f"<small>{escape(passage['id'])}</small><br>{escape(shown)}"
