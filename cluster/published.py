@@ -58,11 +58,19 @@ class VersionFiles:
 
     def open_entrance(self, store: Store) -> Entrance:
         """What queries pass before they reach the shards."""
-        chain, index, owners = (self._read(store, name) for name in VERSION_FILES)
-        router = None
-        if index is not None and owners is not None:
-            router = Router(_faiss.deserialize_index(np.frombuffer(index, np.uint8)), read_owners(owners))
-        return Entrance(None if chain is None else Chain.from_bytes(chain), router)
+        return Entrance(self.open_chain(store), self.open_router(store))
+
+    def open_chain(self, store: Store) -> Chain | None:
+        """The transforms of queries; None where there are none."""
+        data = self._read(store, TRANSFORMS_FILE)
+        return None if data is None else Chain.from_bytes(data)
+
+    def open_router(self, store: Store) -> Router | None:
+        """What finds the shards of a query; None where each needs all."""
+        index, owners = self._read(store, ROUTING_FILE), self._read(store, OWNERS_FILE)
+        if index is None or owners is None:
+            return None
+        return Router(_faiss.deserialize_index(np.frombuffer(index, np.uint8)), read_owners(owners))
 
     def _read(self, store: Store, name: str) -> bytes | None:
         """A file that was just hashed, or None where the version has no such."""

@@ -166,16 +166,19 @@ def mrr_at_k(ranked: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, f
 
 
 def operating_points(
-    spec: IndexSpec, rows_per_shard: int, rerank: bool, tuned: SearchParameters | None = None
+    spec: IndexSpec, rows_per_shard: int, compared_again: bool, tuned: SearchParameters | None = None
 ) -> list[SearchParameters]:
     """The search parameters to measure, cheapest first, those that tuning found among them.
 
     Cheap is what compares few rows, each at the cost of its codec and of re-ranking.
 
     Points that only repeat a cheaper one are left out: an ef or a rerank factor beyond one that already covers every
-    row, and rerank factors of an index that stores the vectors themselves.
+    row.
+
+    Args:
+        compared_again: whether stored vectors may order rows otherwise than the index does.
     """
-    factors = RERANK_GRID if rerank and spec.codec is not Codec.NONE else RERANK_GRID[:1]
+    factors = RERANK_GRID if compared_again else RERANK_GRID[:1]
     kept_factors = _until_covering(factors, rows_per_shard / MEASURED_K)
     grid = [_with_factor(knob, factor) for knob, factor in product(_knobs(spec, rows_per_shard), kept_factors)]
     grid += [tuned] if tuned and tuned not in grid else []
@@ -196,7 +199,7 @@ def choose_operating_point(measured: Sequence[MeasuredPoint], recall: float) -> 
     return max(measured, key=lambda point: point.recall)
 
 
-def routed_points(spec: IndexSpec, least: SearchParameters, rerank: bool) -> list[SearchParameters]:
+def routed_points(spec: IndexSpec, least: SearchParameters, compared_again: bool) -> list[SearchParameters]:
     """The search parameters to measure where shards own cells, from those that are the cheapest over all probed cells:
     more cells and candidates in the shards that matter most can replace the other shards. On 100,000 perturbed titles,
     1,024 cells and 16 shards, recall@10 of 0.95 took 5.2 shards with 4 times k candidates, 3.7 with 8 and 3.3 with 16.
@@ -204,7 +207,7 @@ def routed_points(spec: IndexSpec, least: SearchParameters, rerank: bool) -> lis
     if least.nprobe is None:
         raise ValueError(f"search parameters ({least.to_json()}) must name nprobe where shards own cells")
     nprobes = {min(nlist_of(spec), round(least.nprobe * more)) for more in WIDER_PROBES}
-    factors = [min(RERANK_GRID[-1], least.rerank_factor * more) for more in MORE_CANDIDATES] if rerank else [1]
+    factors = [min(RERANK_GRID[-1], least.rerank_factor * more) for more in MORE_CANDIDATES] if compared_again else [1]
     grid = product(sorted(nprobes), sorted(set(factors)), COVERAGES)
     return [replace(least, nprobe=nprobe, rerank_factor=factor, coverage=part) for nprobe, factor, part in grid]
 

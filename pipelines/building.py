@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,8 @@ from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import files_of, place_files, shards_of
 
 FRAGMENTS_PER_COUNT = 500
+# k-means iterations over the sample, by one process: few where iterations over all vectors, by all workers, follow.
+SAMPLE_ITERATIONS, BEGUN_ITERATIONS = 10, 4
 
 
 @dataclass
@@ -118,6 +121,7 @@ class Building:
             spherical=compares_products(self.chain.spec),
             training_rows=self.chain.spec.training_rows,
             seed=self.chain.spec.seed,
+            sample_iterations=BEGUN_ITERATIONS if iterations else SAMPLE_ITERATIONS,
             iterations=iterations,
         )
         job = ClusteringJob(
@@ -140,8 +144,10 @@ class Building:
         records = self._published_shards() or finished_shards(self.store, self.chain.shards_fingerprint, count)
         before = len(records)
         todo = [shard for shard in range(count) if shard not in records]
+        job = self._shard_job()
+        if job.sharding is Sharding.CLUSTER and not self.catalog.has_manifest(self.chain.version):
+            self._share_cells(job)
         if todo:
-            job = self._shard_job()
             if job.sharding is Sharding.CLUSTER:
                 self._place(job)
             with self.reporter.stage(SHARDS, len(todo), "shards") as advance:
@@ -165,27 +171,29 @@ class Building:
         return [records[shard] for shard in range(count)]
 
     def _place(self, job: ShardJob) -> None:
-        """Share out the cells of the trained index, and write every row to the shard that owns its cell."""
-        store, root = self.store, self.store.url
+        """Write every row to the shard that owns its cell."""
         pairs = {pair.embeddings: pair for pair in job.fragments}
-        cells = CellsJob(
-            root,
+        placement = PlacementJob(job.source, job.fingerprint, self._cells_job())
+        todo = sorted(pairs.keys() - finished_fragments(self.store, PLACEMENT, job.fingerprint))
+        with self.reporter.stage(PLACEMENT, len(todo), "fragments") as advance:
+            for _ in self.session.stream(place_rows, [PlacementTask(placement, pairs[name]) for name in todo]):
+                advance(1, "")
+
+    def _cells_job(self) -> CellsJob:
+        return CellsJob(
+            self.store.url,
             self.chain.training_fingerprint,
             self.chain.embeddings_fingerprint,
             self.chain.training_fingerprint,
             nlist_of(self.chain.spec),
             self.chain.transforms_fingerprint,
         )
-        if store.info(owners_path(job.fingerprint)) is None:
-            self._share_cells(cells, job)
-        placement = PlacementJob(job.source, job.fingerprint, cells)
-        todo = sorted(pairs.keys() - finished_fragments(store, PLACEMENT, job.fingerprint))
-        with self.reporter.stage(PLACEMENT, len(todo), "fragments") as advance:
-            for _ in self.session.stream(place_rows, [PlacementTask(placement, pairs[name]) for name in todo]):
-                advance(1, "")
 
-    def _share_cells(self, cells: CellsJob, job: ShardJob) -> None:
-        fragments = sorted(self.chain.embeddings.values())
+    def _share_cells(self, job: ShardJob) -> None:
+        """Find the cell of every row, and share out cells to shards, unless that was done."""
+        if self.store.info(owners_path(job.fingerprint)) is not None:
+            return
+        cells, fragments = self._cells_job(), sorted(self.chain.embeddings.values())
         todo = sorted(set(fragments) - finished_fragments(self.store, CELLS, cells.fingerprint))
         with self.reporter.stage(CELLS, len(todo), "fragments") as advance:
             for work in self.session.stream(write_cells, [CellsTask(cells, name) for name in todo]):
@@ -242,8 +250,16 @@ class Building:
             stored=resolved.stored,
             sharding=resolved.pipeline.index.sharding,
             transforms=self.chain.transforms_fingerprint,
-            kept_fingerprint=self.chain.deduplicated.kept if self.chain.deduplicated else None,
+            **self._kept(),
         )
+
+    def _kept(self) -> dict[str, Any]:
+        """Where the links of what went by meaning are."""
+        plan, encoded = self.chain.deduplicated, self.chain.encoded
+        if plan is None or encoded is None:
+            return {}
+        fragments = tuple(sorted(plan.fragment(name) for name in encoded.embeddings.values()))
+        return {"kept_fingerprint": plan.kept, "kept_fragments": fragments}
 
     def place_files(self) -> VersionFiles:
         """What shards share, in the version's folder."""

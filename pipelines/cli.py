@@ -214,7 +214,10 @@ def search(
     ] = None,
     degraded: Annotated[bool, typer.Option("--degraded", help="Answer without shards that are damaged.")] = False,
     duplicates: Annotated[
-        bool, typer.Option("--with-duplicates", help="Name the passages with the same text as an answer.")
+        bool,
+        typer.Option(
+            "--with-duplicates", help="Name the passages that an answer stands for: the same text or meaning."
+        ),
     ] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     json_: AsJson = False,

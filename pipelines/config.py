@@ -379,9 +379,11 @@ class Index(Section):
         needs = any(transform.type == "sphering" for transform in self.transforms)
         if needs != (self.queries is not None):
             raise ValueError("queries and a transform of type sphering need each other: give both, or none")
-        stored = "rerank_codec" in self.model_fields_set
-        if stored and not self.rerank and (self.family != "auto" or self.factory is not None):
-            raise ValueError(f"rerank_codec ({self.rerank_codec}) is of stored vectors: set rerank to true")
+        if "rerank_codec" in self.model_fields_set and not self.rerank:
+            raise ValueError(
+                f"rerank_codec ({self.rerank_codec}) is of stored vectors: set rerank to true, which needs a family "
+                "(auto measures with float16)"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, te
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import (
+    GRAPH_COPIES,
     FactorTask,
     HistogramTask,
     JoinJob,
@@ -27,7 +28,7 @@ from penstock.cluster.jobs.similarity import (
     predict_factor,
     share_parts,
 )
-from penstock.cluster.layout import CENTROIDS, KEPT, PAIRS, PASSAGES, REMOVAL
+from penstock.cluster.layout import CENTROIDS, KEPT, PAIRS, PASSAGES, REMOVAL, stage_folder
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.clustering import ClusteringSpec
@@ -45,7 +46,7 @@ from penstock.pipelines.planning import (
 from penstock.pipelines.progress import Reporter
 
 ROWS_PER_CELL = 500
-MOST_CELLS = 16_384
+MOST_CELLS = 4_096  # the planes between them take 8 bytes for each two
 JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies of one part
 RECALL_QUERIES = 300
 HISTOGRAM_BINS = 20
@@ -89,8 +90,8 @@ class Deduplicating:
         Memory: as `run`; each threshold decides in buckets.
         """
         plan = Deduplicated.of(self.resolved, self.embedded)
-        job, rows, _ = self._join_job(plan)
-        records = self._pairs(job)
+        job, _ = self._join_job(plan)
+        rows, records = self.embedded.rows, self._pairs(job)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
         points = []
         with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
@@ -141,13 +142,9 @@ class Deduplicating:
             return find_pairs(self.session, job, _counted(advance))
 
     def _deduplicate(self, plan: Deduplicated) -> None:
-        job, rows, factor = self._join_job(plan)
-        records = self._pairs(job)
-        share = min(1.0, RECALL_QUERIES / max(rows, 1))
-        seed = self.resolved.pipeline.deduplicate.seed
-        with self.reporter.stage("pair recall", 1, "sample") as advance:
-            recall = measured_recall(self.session, job, records, share, seed)
-            advance(1, f"{recall.recall:.4f} of {recall.pairs:,} pairs")
+        job, factor = self._join_job(plan)
+        rows, records = self.embedded.rows, self._pairs(job)
+        recall = self._pair_recall(plan, job, records)
         removal = self._removal(plan, records)
         with self.reporter.stage(REMOVAL, 1, "choice") as advance:
             removed = remove_duplicates(self.session, removal)
@@ -164,7 +161,7 @@ class Deduplicating:
             "copies": sum(one.copies for one in records),
             "predicted_factor": round(factor, 4),
             "pairs": sum(one.pairs for one in records),
-            "pair_recall": asdict(recall),
+            "pair_recall": recall,
             "removed": removed,
             "rows": rows,
             "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
@@ -172,25 +169,55 @@ class Deduplicating:
         }
         self.store.write(kept_record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
 
-    def _join_job(self, plan: Deduplicated) -> tuple[JoinJob, int, float]:
-        """The join to do, the rows there are, and how many rows it is predicted to store for each."""
-        embedded, dimension = self.embedded, self.resolved.encoder.dimension
-        fragments, rows = tuple(sorted(embedded.embeddings.values())), embedded.rows
-        job = JoinJob(
+    def _pair_recall(self, plan: Deduplicated, job: JoinJob, records: list[PartRecord]) -> dict[str, Any]:
+        """The share of true pairs that the join found, measured once for it."""
+        path = f"{stage_folder(PAIRS, plan.pairs)}/recall.json"
+        try:
+            found: dict[str, Any] = json.loads(self.store.read(path))
+        except FileNotFoundError:
+            share = min(1.0, RECALL_QUERIES / max(self.embedded.rows, 1))
+            with self.reporter.stage("pair recall", 1, "sample") as advance:
+                recall = measured_recall(self.session, job, records, share, plan.seed)
+                advance(1, f"{recall.recall:.4f} of {recall.pairs:,} pairs")
+            found = asdict(recall)
+            self.store.write(path, json.dumps(found, indent=1, sort_keys=True).encode())
+        return found
+
+    def _join_job(self, plan: Deduplicated) -> tuple[JoinJob, float]:
+        """The join to do, and how many rows it is to store for each: decided once, as pairs are kept by it."""
+        path = f"{stage_folder(PAIRS, plan.pairs)}/join.json"
+        try:
+            record = json.loads(self.store.read(path))
+        except FileNotFoundError:
+            job, factor = self._decided_join(plan)
+            record = {"join": job.join.value, "part_of_cell": job.part_of_cell, "predicted_factor": factor}
+            self.store.write(path, json.dumps(record).encode())
+            return job, factor
+        job = self._whole_join(plan, Join(record["join"]), tuple(record["part_of_cell"]))
+        return job, float(record["predicted_factor"])
+
+    def _whole_join(self, plan: Deduplicated, join: Join, part_of_cell: tuple[int, ...]) -> JoinJob:
+        embedded = self.embedded
+        return JoinJob(
             self.store.url,
             plan.pairs,
             embedded.embeddings_fingerprint,
             plan.centroids,
-            fragments,
-            (0,),
-            plan.join,
+            tuple(sorted(embedded.embeddings.values())),
+            part_of_cell,
+            join,
             plan.floor,
         )
-        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES)
-        self._centroids(plan, fragments, rows, parts)
-        job = self._shared(job, rows, parts)
+
+    def _decided_join(self, plan: Deduplicated) -> tuple[JoinJob, float]:
+        """A join whose parts fit into memory."""
+        rows, dimension = self.embedded.rows, self.resolved.encoder.dimension
+        stored = 1 + GRAPH_COPIES if plan.join is Join.GRAPH else 1
+        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, stored)
+        self._centroids(plan, rows, parts)
+        job = self._shared(self._whole_join(plan, plan.join, (0,)), rows, parts)
         if parts == 1 or plan.join is not Join.EXACT:
-            return job, rows, 1.0
+            return job, float(stored)
         factor = self.session.run(predict_factor, FactorTask(job, rows, plan.seed))
         join = affordable(plan.join, factor)
         if join is not plan.join:
@@ -198,19 +225,16 @@ class Deduplicating:
                 f"an exact join would store {factor:.1f} rows for each row; the graph join takes its place, which "
                 "misses some pairs: the report says how many"
             )
-        return (
-            self._shared(replace(job, join=join), rows, parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor)),
-            rows,
-            factor,
-        )
+        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
+        return self._shared(replace(job, join=join), rows, parts), factor
 
     def _shared(self, job: JoinJob, rows: int, parts: int) -> JoinJob:
         if parts == 1:
             return replace(job, part_of_cell=(0,) * _cells(rows, 1))
         return replace(job, part_of_cell=self.session.run(share_parts, PartsTask(job, rows, parts)))
 
-    def _centroids(self, plan: Deduplicated, fragments: tuple[str, ...], rows: int, parts: int) -> None:
-        cells = _cells(rows, parts)
+    def _centroids(self, plan: Deduplicated, rows: int, parts: int) -> None:
+        cells, fragments = _cells(rows, parts), tuple(sorted(self.embedded.embeddings.values()))
         spec = ClusteringSpec(
             cells,
             self.resolved.encoder.dimension,

@@ -37,8 +37,10 @@ from penstock.operators.evaluation import (
     recall_at_k,
     routed_points,
 )
+from penstock.operators.indexing import Codec
 from penstock.operators.searching import Hits, SearchParameters, merge_hits
 from penstock.operators.sharding import Sharding
+from penstock.operators.vector_codecs import VectorCodec
 from penstock.pipelines.planning import Chain, Resolved, chosen_family, searched_rows, split_path
 from penstock.pipelines.progress import Advance
 
@@ -67,6 +69,18 @@ class Measurement:
         return self.resolved.pipeline.index.sharding is Sharding.CLUSTER
 
     @property
+    def compared_again(self) -> bool:
+        """Whether stored vectors may order rows otherwise than the index does: it holds codes, or other vectors."""
+        index = self.resolved.pipeline.index
+        return index.rerank and (self.chain.spec.codec is not Codec.NONE or bool(index.transforms))
+
+    @property
+    def exact_similarities(self) -> bool:
+        """Whether searches give the similarities of exact search: by vectors that are stored unchanged."""
+        stored, store = self.resolved.stored, self.resolved.pipeline.embedding.store
+        return stored is VectorCodec.FLOAT32 or (stored is VectorCodec.FLOAT16 and store == "float16")
+
+    @property
     def rounds(self) -> int:
         """How often every shard is opened and searched."""
         return 3 if self.routed else 2
@@ -86,8 +100,8 @@ class Measurement:
             "k": k,
             "queries": len(queries.ids),
             "queries_from": pipeline.evaluate.queries if isinstance(pipeline.evaluate.queries, str) else "passages",
-            "recall": _recall(found, truth, k, pipeline.index.rerank),
-            **_shard_recall(final, truth, queries, k, pipeline.index.rerank),
+            "recall": _recall(found, truth, k, self.exact_similarities),
+            **_shard_recall(final, truth, queries, k, self.exact_similarities),
             "default": _point_json(chosen),
             "points": [_point_json(point) for point in table],
         }
@@ -102,13 +116,13 @@ class Measurement:
     ) -> tuple[list[MeasuredPoint], MeasuredPoint]:
         """All operating points that were compared, and the one to take."""
         index, rows = self.resolved.pipeline.index, searched_rows(self.resolved, self.chain.rows)
-        points = operating_points(self.chain.spec, rows, index.rerank, self.resolved.tuned_point)
+        points = operating_points(self.chain.spec, rows, self.compared_again, self.resolved.tuned_point)
         table = self._compare(queries, truth, k, points, advance)
         chosen = choose_operating_point(table, index.recall)
         if not self.routed:
             return table, chosen
         table += self._compare(
-            queries, truth, k, routed_points(self.chain.spec, chosen.parameters, index.rerank), advance
+            queries, truth, k, routed_points(self.chain.spec, chosen.parameters, self.compared_again), advance
         )
         return table, choose_routed_point(table, index.recall)
 
@@ -116,7 +130,7 @@ class Measurement:
         self, queries: Queries, truth: Neighbours, k: int, points: Sequence[SearchParameters], advance: Advance
     ) -> list[MeasuredPoint]:
         measured = self._measure(queries, k, points, advance, timed=True)
-        exact = self.resolved.pipeline.index.rerank
+        exact = self.exact_similarities
         return [
             MeasuredPoint(
                 point,
@@ -212,13 +226,14 @@ def _shard_recall(
     measured: Sequence[Measured], truth: Neighbours, queries: Queries, k: int, exact_similarities: bool
 ) -> dict[str, list[Any]]:
     """For each shard, the share of the true neighbours that lie in it which it finds by itself (None where none does),
-    and how many lie in it. As for the whole index, a row that is as similar as the k-th neighbour counts like it."""
+    and how many lie in it, of the queries that are sent to it. As for the whole index, a row that is as similar as the
+    k-th neighbour counts like it."""
     found, lying = np.zeros(len(measured), np.int64), np.zeros(len(measured), np.int64)
     for row, names in enumerate(truth.ids):
         count, floor, accepted = accepted_neighbours(truth, row, k)
         if count == 0:
             continue
-        owners = np.array([sum(name in one.own_ids for name in names[:count]) for one in measured])
+        owners = np.array([one.asked[0][row] * sum(name in one.own_ids for name in names[:count]) for one in measured])
         lying += owners
         for shard, one in enumerate(measured):
             hits = one.hits[0]
@@ -232,7 +247,7 @@ def _shard_recall(
 
 def _shards_touched(measured: Sequence[Measured], point: int, queries: int) -> float:
     """How many shards a query needs, on average."""
-    return round(sum(one.touched[point] for one in measured) / max(queries, 1), 4)
+    return round(sum(int(one.asked[point].sum()) for one in measured) / max(queries, 1), 4)
 
 
 def _point_json(point: MeasuredPoint) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from penstock.cluster.storage import StorageUnavailable, Store
 from penstock.operators.entrance import Entrance
 from penstock.operators.filtering import Condition, bind, matching_rows
 from penstock.operators.indexing import Codec, Family, Metric, refuse_missing_engine
+from penstock.operators.lengths import refuse_unfit_lengths
 from penstock.operators.routing import Probes, Routing
 from penstock.operators.searching import Hits, SearchParameters, merge_hits, normalize, spread_hits
+from penstock.operators.transforms import Chain
 from penstock.pipelines.publishing import FORMAT, files_of, how_built, shards_of
 from penstock.pipelines.query_encoder import QueryEncoder
 
@@ -115,6 +117,13 @@ class Lazily(Generic[T]):
         return self._made
 
 
+@dataclass(frozen=True, eq=False)
+class Maybe(Generic[T]):
+    """What a version may have or not."""
+
+    value: T | None
+
+
 class ShardRows:
     """The rows of a shard, and which of them the last few filters allow."""
 
@@ -131,11 +140,11 @@ class OpenShard:
     """One shard of a version, and what of it is open."""
 
     def __init__(
-        self, store: Store, record: ShardRecord, family: Family, metric: Metric, entrance: "Lazily[Entrance]"
+        self, store: Store, record: ShardRecord, family: Family, metric: Metric, chain: "Lazily[Maybe[Chain]]"
     ) -> None:
         self.record = record
         what = f"shard {record.shard} of {record.folder}"
-        self.searcher = Lazily(what, lambda: open_searcher(store, record, family, metric, entrance.get().chain))
+        self.searcher = Lazily(what, lambda: open_searcher(store, record, family, metric, chain.get().value))
         self.rows = Lazily(what, lambda: ShardRows(open_rows(store, record)))
         self.duplicates = Lazily(what, partial(open_duplicates, store, record))
 
@@ -171,9 +180,10 @@ class OpenVersion:
         refuse_missing_engine(family, Codec(built["codec"]))
         folder = Catalog(store, manifest["index"]).version_folder(manifest["version"])
         files = VersionFiles(folder, files_of(manifest))
-        self._entrance = Lazily(f"transforms and routing of {folder}", lambda: files.open_entrance(store))
+        self._chain = Lazily(f"transforms of {folder}", lambda: Maybe(files.open_chain(store)))
+        self._router = Lazily(f"routing of {folder}", lambda: Maybe(files.open_router(store)))
         self.shards = {
-            record.shard: OpenShard(store, record, family, self._metric, self._entrance)
+            record.shard: OpenShard(store, record, family, self._metric, self._chain)
             for record in shards_of(manifest, folder)
         }
 
@@ -195,8 +205,15 @@ class OpenVersion:
         return Found(hits.ids, hits.similarities, self.version, self._coverage(needed, parts), rows)
 
     def _route(self, vectors: np.ndarray, request: Request) -> Routing | None:
-        """Where the queries are answered; None for all shards, as also where a filter may leave near cells empty."""
-        return None if request.where or len(vectors) == 0 else self._entrance.get().route(vectors, request.parameters)
+        """Where the queries are answered; None for all shards, as also where a filter may leave near cells empty, and
+        where a degraded search has to do without routing."""
+        if request.where or len(vectors) == 0:
+            return None
+        router = opened(self._router, request.degraded)
+        if router is None or router.value is None:
+            return None
+        refuse_unfit_lengths(vectors, self._metric, "query")
+        return Entrance(self._chain.get().value, router.value).route(vectors, request.parameters)
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table:
         """See `OpenIndex.duplicates`."""

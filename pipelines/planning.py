@@ -49,6 +49,7 @@ from penstock.operators.indexing import (
     factory_string,
     faiss_metric,
     fewest_training_rows,
+    nlist_of,
     parse_factory,
     refuse_missing_engine,
 )
@@ -581,6 +582,8 @@ def deduplicated_of(resolved: Resolved, embedded: Embedded, store: Store) -> Emb
     except FileNotFoundError:
         return None
     names = {passages: plan.fragment(name) for passages, name in embedded.embeddings.items() if rows.get(passages)}
+    if not set(names.values()) <= finished_fragments(store, EMBEDDINGS, plan.kept):
+        return None
     return Embedded(embedded.facts, plan.kept, names, sum(rows.values()), embedded, plan)
 
 
@@ -675,19 +678,26 @@ def index_candidates(resolved: Resolved, rows: int) -> list[Candidate]:
     Raises:
         ValueError: none keeps the budget of bytes.
     """
-    if rows < LEAST_ROWS:
+    clustered = resolved.pipeline.index.sharding is Sharding.CLUSTER
+    if rows < LEAST_ROWS and not clustered:
         return []
     whole = searched_rows(resolved, rows)
     sample = max(1, min(SCREENING_SIZES[0], whole, rows - held_out_rows(rows)))
     training_rows = resolved.pipeline.index.training_rows
     dimension, metric = resolved.encoder.dimension, resolved.metric
     found = candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
-    if resolved.pipeline.index.sharding is Sharding.HASH:
+    if not clustered:
         return found
-    cells = [one for one in found if one.family is Family.IVF]
+    cells = [
+        one
+        for one in found
+        if one.family is Family.IVF
+        and not _lacks_cells(resolved, nlist_of(one.spec(dimension, metric, whole, 0, min(training_rows, whole))))
+    ]
     if not cells:
         raise ValueError(
-            f"sharding (cluster) needs an index of family ivf, which {rows} vectors cannot train; take sharding hash"
+            f"sharding (cluster) needs an index of family ivf with a cell for each of {resolved.pipeline.index.shards} "
+            f"shards at least, which {rows} vectors cannot train; take sharding hash, or fewer shards"
         )
     return cells
 
@@ -1062,15 +1072,27 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
+def _lacks_cells(resolved: Resolved, cells: int) -> bool:
+    """Whether there are more shards than cells for them to own."""
+    index = resolved.pipeline.index
+    return index.sharding is Sharding.CLUSTER and cells < index.shards
+
+
 def is_trainable(resolved: Resolved, rows: int) -> bool:
-    """Whether so many passages train the index."""
+    """Whether so many passages train the index, with a cell for every shard that is to own some."""
     spec = index_spec(resolved, rows)
+    if _lacks_cells(resolved, nlist_of(spec)):
+        return False
     return min(rows, spec.training_rows) >= max(1, fewest_training_rows(spec))
 
 
 def check_trainable(resolved: Resolved, rows: int, origin: Origin) -> None:
     """Refuse an index that the corpus is too small to train."""
     spec = index_spec(resolved, rows)
+    if _lacks_cells(resolved, nlist_of(spec)):
+        shards = resolved.pipeline.index.shards
+        rule = f"({shards}) must be at most the {nlist_of(spec)} cells of {rows} passages, which shards own whole"
+        raise PipelineFileInvalid([origin.problem("index.shards", f"{rule}; lower it, or set index.nlist")])
     needed = max(1, fewest_training_rows(spec))
     if min(rows, spec.training_rows) < needed:
         rule = (

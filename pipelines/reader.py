@@ -109,7 +109,8 @@ class OpenIndex:
         return version.search(queries, Request(k, point, rows, conditions_of(where or {}), degraded))
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table:
-        """The passages that those of `ids` stand for in the index: a table of id, document_id and represented_by."""
+        """The passages that those of `ids` stand for in the index: a table of id, document_id, represented_by, and
+        similarity, which is null where the texts are the same."""
         return self._present().duplicates(ids)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:

@@ -274,6 +274,8 @@ class Run:
         overwrite."""
         embedded, receipts = self._vectors()
         embedded = self._deduplicated(embedded)
+        if self.resolved.index_chosen:
+            check_trainable(self.resolved, embedded.rows, self._origin)  # fewer than before duplicates went
         self._choose_index(embedded)
         self._record["parameters"] = self.resolved.parameters
         chain = make_chain(self.resolved, embedded)

@@ -100,13 +100,13 @@ class MeasureTask:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one shard answered, per operating point: hits, median milliseconds of a single query, and how many queries
-    needed this shard; and which of the passages asked for lie in it."""
+    """What one shard answered, per operating point: hits, median milliseconds of a single query, and which queries
+    needed this shard, bool (q,); and which of the passages asked for lie in it."""
 
     shard: int
     hits: tuple[Hits, ...]
     latency_ms: tuple[float, ...]
-    touched: tuple[int, ...]
+    asked: tuple[np.ndarray, ...]
     own_ids: frozenset[str]
 
 
@@ -150,18 +150,18 @@ def measure_shard(task: MeasureTask) -> Measured:
     searcher = open_searcher(store, task.shard, task.family, task.metric, entrance.chain)
     whole = _RoutedShard(searcher, entrance, task.shard.shard, task.k)
     single = replace(whole)
-    hits, latencies, touched = [], [], []
+    hits, latencies, needing = [], [], []
     for point in task.points:
         found, asked = whole.search(task.queries, point)
         hits.append(found)
-        touched.append(len(asked))
+        needing.append(np.isin(np.arange(len(task.queries)), asked))
         times_ms = []
         for query in task.queries[asked[: TIMED_QUERIES if task.timed else 0]]:
             started = time.perf_counter()
             single.search(query[None, :], point)
             times_ms.append(1000 * (time.perf_counter() - started))
         latencies.append(float(np.median(times_ms[WARM_UP_QUERIES:])) if len(times_ms) > WARM_UP_QUERIES else 0.0)
-    return Measured(task.shard.shard, tuple(hits), tuple(latencies), tuple(touched), searcher.own_ids(task.ids))
+    return Measured(task.shard.shard, tuple(hits), tuple(latencies), tuple(needing), searcher.own_ids(task.ids))
 
 
 @dataclass

@@ -4,10 +4,11 @@ Fragments lie in order of hashes, so that a shard that owns cells has rows all o
 shard, so that building a shard reads no more than its own rows, however many shards there are.
 """
 
-import io
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from penstock.cluster.fragments import ROW_GROUP_ROWS, open_fragment, vector_column, vectors_of, write_options
 from penstock.cluster.jobs.cells import CellsJob, CellsTask, kept_trained, read_cells, write_cells
 from penstock.cluster.jobs.sampling import sample_vectors
-from penstock.cluster.jobs.shard_rows import EMBEDDED_COLUMNS, FragmentPair, RowSource, read_rows
+from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
 from penstock.cluster.jobs.transforms import read_chain
 from penstock.cluster.layout import EMBEDDINGS, PLACEMENT, SHARDS, fragment_path, stage_folder
 from penstock.cluster.node import connect
@@ -26,7 +27,7 @@ from penstock.operators.indexing import faiss_threads
 from penstock.operators.routing import CellOwners, index_centroids, nearest_of_index
 from penstock.operators.sharding import HASH_SPACE
 
-SHARD_COLUMN = "shard"
+SHARD_COLUMN, VECTOR_COLUMN = " shard", " embedding"  # which no column of documents is called
 # Cells that a query probes, for sharing them out: this times the root of their number. On 39,000 titles in 1,024 cells
 # the 50 nearest hold 95 % of the 10 neighbours.
 PROBED_PER_ROOT_CELL = 1.6
@@ -97,19 +98,18 @@ def share_out(task: SharingTask) -> float:
 
 def place_rows(task: PlacementTask) -> int:
     """Write a fragment's rows in order of shards, passages and embeddings together; returns its rows. Memory: the
-    fragment, twice."""
+    fragment, and what one shard gets of it."""
     job, store = task.job, connect(task.job.source.root)
     owners = read_owners(store.read(owners_path(job.fingerprint)))
     embedded, passages = read_rows(store, job.source, task.pair, 0, HASH_SPACE - 1)
     shards = owners.shard_of_cell[_cells(store, job.cells, task.pair.embeddings)]
-    order = np.argsort(shards, kind="stable")
-    vectors = vectors_of(embedded.column("embedding"))[order]
-    table = passages.take(pa.array(order))
-    table = table.append_column("embedding", vector_column(vectors)).append_column(
-        SHARD_COLUMN, pa.array(shards[order])
-    )
-    store.write(fragment_path(PLACEMENT, job.fingerprint, task.pair.embeddings), _in_groups(table, shards[order]))
-    return int(table.num_rows)
+    vectors = vectors_of(embedded.column("embedding"))
+    path = fragment_path(PLACEMENT, job.fingerprint, task.pair.embeddings)
+    with tempfile.TemporaryDirectory(prefix="penstock-place-") as place:
+        file = Path(place) / "rows.parquet"
+        _write_groups(file, passages, vectors, shards)
+        store.upload(file, path)
+    return len(shards)
 
 
 def read_placed(
@@ -120,13 +120,14 @@ def read_placed(
     found, nothing = False, None
     for pair in pairs:
         with open_fragment(store, fragment_path(PLACEMENT, fingerprint, pair.embeddings)) as file:
-            table = file.read_row_groups(_groups_of(file, shard)).drop_columns([SHARD_COLUMN])
-        rows = table.select(EMBEDDED_COLUMNS).combine_chunks(), table.drop_columns(["embedding"]).combine_chunks()
+            table = file.read_row_groups(_groups_of(file, shard))
+        passages = table.drop_columns([SHARD_COLUMN, VECTOR_COLUMN]).combine_chunks()
+        embedded = passages.select(["passage_id", "text_hash"]).append_column("embedding", table.column(VECTOR_COLUMN))
         if table.num_rows:
             found = True
-            yield rows
+            yield embedded.combine_chunks(), passages
         elif nothing is None:
-            nothing = rows
+            nothing = embedded, passages
     if not found and nothing is not None:
         yield nothing
 
@@ -140,14 +141,20 @@ def _cells(store: Store, job: CellsJob, fragment: str) -> np.ndarray:
         return read_cells(store, job.fingerprint, fragment)
 
 
-def _in_groups(table: pa.Table, shards: np.ndarray) -> bytes:
-    """A Parquet file of a table sorted by shard, in which no row group holds rows of two shards."""
-    sink = io.BytesIO()
-    starts = np.flatnonzero(np.diff(shards, prepend=-1))
-    with pq.ParquetWriter(sink, table.schema, **write_options(table.schema)) as writer:
-        for start, stop in zip(starts, [*starts[1:], len(shards)], strict=True):
-            writer.write_table(table.slice(start, stop - start), row_group_size=ROW_GROUP_ROWS)
-    return sink.getvalue()
+def _write_groups(path: Path, passages: pa.Table, vectors: np.ndarray, shards: np.ndarray) -> None:
+    """A Parquet file of rows in order of shards, in which no row group holds rows of two."""
+    schema = _placed(passages, vectors, np.empty(0, np.int64), 0).schema
+    with pq.ParquetWriter(path, schema, **write_options(schema)) as writer:
+        for shard in np.unique(shards).tolist():
+            table = _placed(passages, vectors, np.flatnonzero(shards == shard), shard)
+            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+
+
+def _placed(passages: pa.Table, vectors: np.ndarray, rows: np.ndarray, shard: int) -> pa.Table:
+    """Some of the rows, with their vectors and their shard."""
+    table = passages.take(pa.array(rows, pa.int64()))
+    table = table.append_column(VECTOR_COLUMN, vector_column(vectors[rows]))
+    return table.append_column(SHARD_COLUMN, pa.array(np.full(len(rows), shard, np.int32)))
 
 
 def _groups_of(file: pq.ParquetFile, shard: int) -> list[int]:

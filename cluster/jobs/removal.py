@@ -59,11 +59,11 @@ class RemovalJob:
     buckets: int
     passages_fingerprint: str = ""
     passages: tuple[str, ...] = ()
-    selection_fingerprint: str = ""
-    exclusions: frozenset[str] = frozenset()
     column: str = ""
     descending: bool = False
     seed: int = 0
+    selection_fingerprint: str = ""
+    exclusions: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,16 @@ def sample_vectors(store: Store, paths: Sequence[str], rows: int, wanted: int, s
     for first, last in hash_range(share, seed):
         for path in paths:
             table = read_hash_range(store, path, first, last, ["embedding"])
-            parts.append(vectors_of(table.column("embedding")))
+            parts.append(vectors_of(table.column("embedding")).copy())  # lets go of the row groups around the range
             hashes.append(table.column("row_hash").to_numpy())
     order = np.argsort(np.concatenate(hashes), kind="stable")[:wanted]
-    sample: np.ndarray = np.concatenate(parts)[order].astype(np.float32)
+    sample = np.empty((len(order), parts[0].shape[1]), np.float32)
+    place = np.full(sum(map(len, parts)), -1, np.int64)
+    place[order] = np.arange(len(order))
+    first = 0
+    while parts:  # which are let go of one by one
+        part = parts.pop(0)
+        own = place[first : first + len(part)]
+        sample[own[own >= 0]] = part[own >= 0]
+        first += len(part)
     return sample

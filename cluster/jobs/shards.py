@@ -73,7 +73,8 @@ class ShardJob:
         dimension: of the embeddings.
         sharding: what decides to which shard a row goes; with `cluster`, rows are placed before shards are built.
         transforms: fingerprint of the transforms before the index, if there are any.
-        kept_fingerprint: of the embeddings that deduplication by meaning left, if there was any.
+        kept_fingerprint: of the embeddings that deduplication by meaning left, if there was any, and
+        kept_fragments: all its fragments, those of which nothing stays included.
         stored: codec of the vectors stored for re-ranking, or None.
     """
 
@@ -89,6 +90,7 @@ class ShardJob:
     sharding: Sharding = Sharding.HASH
     transforms: str | None = None
     kept_fingerprint: str | None = None
+    kept_fragments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,7 @@ def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]
 def _write_duplicates(task: ShardTask, store: Store, folder: Path) -> int:
     """Links of the passages that a row of this shard represents (LINKS_SCHEMA)."""
     rows, job = 0, task.job
-    kept = tuple(pair.embeddings for pair in job.fragments) if job.kept_fingerprint else ()
-    source = LinkSource(job.source.selection_fingerprint, job.kept_fingerprint, kept)
+    source = LinkSource(job.source.selection_fingerprint, job.kept_fingerprint, job.kept_fragments)
     with _ipc_writer(folder / shard_file(task.shard, DUPLICATES), LINKS_SCHEMA) as writer:
         for links in shard_links(store, source, folder / shard_file(task.shard, IDS)):
             writer.write_table(links)

@@ -87,13 +87,23 @@ class PartTask:
 
 
 @dataclass(frozen=True)
+class SampleTask:
+    """A seeded share of the hash space, of the rows of a join."""
+
+    job: JoinJob
+    share: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class RecallTask:
-    """A sampled share of the hash space, of which all pairs are looked for among the rows of one fragment."""
+    """Sampled rows, uint64 (s,) and unit vectors float32 (s, d), of which all pairs with rows of a fragment are looked
+    for."""
 
     job: JoinJob
     fragment: str
-    share: float
-    seed: int
+    hashes: np.ndarray
+    vectors: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ def share_parts(task: PartsTask) -> tuple[int, ...]:
     paths = [fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment) for fragment in job.fragments]
     centroids = read_centroids(store, job.centroids_fingerprint)
     sample = unit_rows(sample_vectors(store, paths, task.rows, max(PREDICTED_ROWS, len(centroids)), 0))
-    near = np.argsort(-(sample @ centroids.T), axis=1, kind="stable")[:, :SHARED_CELLS]
+    near = np.concatenate([_nearest(part, centroids) for part in np.array_split(sample, -(-len(sample) // 1024))])
     shares = share_cells(centroids, np.bincount(near[:, 0], minlength=len(centroids)), task.parts, near)
     return tuple(shares.shard_of_cell.tolist())
 
@@ -188,14 +198,13 @@ def pair_histogram(task: HistogramTask) -> tuple[np.ndarray, np.ndarray]:
 def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], None] | None = None) -> list[PartRecord]:
     """Replicates and joins what is not done yet, telling of each part; returns the record of each."""
     store = connect(job.root)
-    folder = stage_folder(REPLICAS, job.fingerprint)
-    present = set(store.names(folder))
-    tasks = [ReplicaTask(job, fragment) for fragment in job.fragments if f"{fragment}.parquet" not in present]
-    for _ in session.stream(replicate, tasks):
-        pass
     done = read_records(store, job)
-    found = list(done)
     missing = [PartTask(job, part) for part in range(job.parts) if part not in {record.part for record in done}]
+    present = set(store.names(stage_folder(REPLICAS, job.fingerprint))) if missing else set()
+    todo = [ReplicaTask(job, fragment) for fragment in job.fragments if f"{fragment}.parquet" not in present]
+    for _ in session.stream(replicate, todo if missing else []):
+        pass
+    found = list(done)
     for record in session.stream(join_part, missing):
         found.append(record)
         if on_part:
@@ -280,7 +289,8 @@ def measured_recall(
 ) -> PairRecall:
     """The share of all pairs of sampled rows with any row that the join found: every row of a seeded `share` of the
     hash space is compared with all rows."""
-    tasks = [RecallTask(job, fragment, share, seed) for fragment in job.fragments]
+    sample = session.run(sampled_rows, SampleTask(job, share, seed))
+    tasks = [RecallTask(job, fragment, *sample) for fragment in job.fragments]
     truth = [part for part in session.stream(true_pairs, tasks) if len(part)]
     if not truth:
         return pair_recall(np.empty(0, np.int64), np.empty(0, bool))
@@ -297,7 +307,7 @@ def measured_recall(
 def true_pairs(task: RecallTask) -> np.ndarray:
     """All pairs uint64 (p, 2) of a sampled row and a row of the fragment, that is another one."""
     job, store = task.job, connect(task.job.root)
-    sample_hashes, sample = _sampled(store, task)
+    sample_hashes, sample = task.hashes, task.vectors
     path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
     table = read_fragment(store, path, ["row_hash", "embedding"])
     if len(sample) == 0 or table.num_rows == 0:
@@ -331,6 +341,15 @@ def _without_gone(store: Store, job: JoinJob, table: pa.Table) -> pa.Table:
     for path in job.gone:
         stays &= ~np.isin(hashes, read_fragment(store, path, ["removed"]).column("removed").to_numpy())
     return table.filter(pa.array(stays))
+
+
+def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """The SHARED_CELLS nearest cells, int64 (n, .), of unit rows, nearest first."""
+    count = min(SHARED_CELLS, len(centroids))
+    products = vectors @ centroids.T
+    near = np.argpartition(-products, count - 1, axis=1)[:, :count]
+    order = np.argsort(-np.take_along_axis(products, near, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(near, order, axis=1)
 
 
 def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copies:
@@ -429,9 +448,9 @@ def _record_path(job: JoinJob, part: int) -> str:
     return f"{stage_folder(PAIRS, job.fingerprint)}/part-{part:05d}.json"
 
 
-def _sampled(store: Store, task: RecallTask) -> tuple[np.ndarray, np.ndarray]:
+def sampled_rows(task: SampleTask) -> tuple[np.ndarray, np.ndarray]:
     """Hashes uint64 (s,) and unit vectors float32 (s, d) of the sampled rows of all fragments."""
-    job = task.job
+    job, store = task.job, connect(task.job.root)
     hashes, vectors = [np.empty(0, np.uint64)], []
     for fragment in job.fragments:
         path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from penstock.cluster.catalog import Catalog
+from penstock.cluster.file_cache import DamagedFile
 from penstock.cluster.jobs.transforms import DamagedTransforms
 from penstock.cluster.node import CACHE_VARIABLE
 from penstock.cluster.session import Session
@@ -66,7 +67,7 @@ def run(workspace: Workspace, **changes: Any) -> Published:  # noqa: ANN401
 @pytest.fixture(scope="module")
 def published(ray_session: Session, tmp_path_factory: pytest.TempPathFactory, real_texts: list[str]) -> Published:
     """A corpus of 200 texts and one that is there twice, in one version; tests that change anything work on copies."""
-    settings = {"index": INDEX, "gate": {"recall": 0.85, "shard_recall": 0.0}}
+    settings = {"index": INDEX, "gate": {"recall": 0.85}}
     workspace = Workspace(tmp_path_factory.mktemp("cells"), settings)
     documents = [
         {"id": f"d{number:03d}", "text": text, "topic": f"t{number % 4}"}
@@ -133,6 +134,31 @@ def test_filters_search_all_shards(published: Published) -> None:
         assert all(None not in names for names in found.ids.tolist())
 
 
+def test_a_query_without_direction_is_refused_wherever_it_would_be_sent(copied: Published) -> None:
+    nothing = np.full((1, DIMENSION), np.nan, np.float32)
+    with open_index(str(copied.root), "live") as index, pytest.raises(ValueError, match="has no direction"):
+        index.search(nothing, 3)
+
+
+def test_a_degraded_search_does_without_routing(copied: Published) -> None:
+    queries = queries_of(copied, 5)
+    path = copied.folder / "owners.json"
+    path.chmod(0o644)
+    path.write_text("{}")
+    with open_index(str(copied.root), "live") as index:
+        with pytest.raises(DamagedFile, match=r"owners\.json"):
+            index.search(queries, 3)
+        found = index.search(queries, 3, degraded=True, parameters=SearchParameters(nprobe=CELLS))
+        assert [set(names) for names in found.ids] == exact(copied, queries, 3) and found.coverage.share == 1.0
+
+
+def test_owners_that_clean_up_took_are_found_again(copied: Published) -> None:
+    for path in copied.root.glob("stages/shards/*/owners.json"):
+        path.unlink()
+    again = run(copied.workspace, gate={"recall": 0.8})
+    assert (again.folder / "owners.json").read_bytes() == (copied.folder / "owners.json").read_bytes()
+
+
 def test_duplicates_lie_beside_what_represents_them(published: Published) -> None:
     with open_index(str(published.root), "live") as index:
         links = index.duplicates(list(published.vectors()))
@@ -170,7 +196,7 @@ def test_what_is_missing_is_made_again_and_a_changed_gate_builds_nothing(copied:
     placed[0].unlink()
     cells[0].unlink()
     next(root.glob("stages/shards/*/shard-00001.json")).unlink()
-    again = run(workspace, gate={"recall": 0.8, "shard_recall": 0.0})
+    again = run(workspace, gate={"recall": 0.8})
     assert again.manifest["version"] != copied.manifest["version"]
     assert {name: (again.folder / name).read_bytes() for name in before} == before
     for name in ("routing.faiss", "owners.json"):
@@ -188,7 +214,7 @@ def test_cleaning_up_leaves_what_the_version_needs(copied: Published) -> None:
     assert left == {"passages", "selection", "embeddings", "training", "shards", "evaluation"}
     with open_index(str(copied.root), "live") as index:
         assert index.search(queries_of(copied), 3).ids.all()
-    report = copied.workspace.pipeline(gate={"recall": 0.8, "shard_recall": 0.0}).run()
+    report = copied.workspace.pipeline(gate={"recall": 0.8}).run()
     assert report is not None and report.manifest["sharding"]["rule"] == "cluster"
 
 
@@ -201,6 +227,10 @@ def test_k_means_over_all_vectors_and_transforms_before_the_cells(copied: Publis
     assert [step["type"] for step in made.manifest["transforms"]] == ["pca", "rotation"]
     assert len(list(copied.root.glob("stages/centroids/*/centroids-*.faiss"))) >= 2
     assert "transforms.safetensors" in {file["name"] for file in made.manifest["files"]}
+    assert (
+        made.manifest["operating_point"]["parameters"]["rerank_factor"] > 1
+        and made.manifest["evaluation"]["recall"] >= 0.9
+    )
     queries = queries_of(made)
     with open_index(str(made.root), "live") as index:
         found = index.search(queries, 10, parameters=SearchParameters(nprobe=CELLS, coverage=1.0, rerank_factor=4))
@@ -239,7 +269,8 @@ def test_transforms_before_a_flat_index(copied: Published, steps: list[dict[str,
     with open_index(str(made.root), "live") as opened:
         found = opened.search(queries, 10)
     truth = exact(made, queries, 10)
-    assert np.mean([len(set(names) & wanted) / 10 for names, wanted in zip(found.ids, truth, strict=True)]) > 0.8
+    assert np.mean([len(set(names) & wanted) / 10 for names, wanted in zip(found.ids, truth, strict=True)]) > 0.85
+    assert made.manifest["evaluation"]["recall"] >= 0.9
     near = made.vectors()
     assert found.similarities[0, 0] == pytest.approx(float(queries[0] @ near[found.ids[0, 0]]), abs=1e-3)
 
@@ -256,6 +287,14 @@ def test_damaged_transforms_are_refused(copied: Published) -> None:
         shutil.rmtree(copied.root / "stages" / kind)
     with pytest.raises(DamagedTransforms, match=r"must have sha256 .* remove the two files of their folder"):
         run(copied.workspace, index={**index, "training_rows": 100})
+
+
+def test_fewer_cells_than_shards_are_refused_before_anything_is_encoded(workspace: Workspace) -> None:
+    for index in ({"family": "ivf", "nlist": 3}, {}):
+        settings = {"index": {**index, "shards": 4, "sharding": "cluster"}}
+        with pytest.raises(PipelineFileInvalid, match="cells|cell for each of 4 shards"):
+            workspace.pipeline(**settings).run()
+    assert not list(workspace.root.glob("stages/embeddings/*/*.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -279,6 +318,7 @@ def test_damaged_transforms_are_refused(copied: Published) -> None:
         ),
         ({"transforms": [{"type": "pca"}]}, "are not chosen by family auto"),
         ({"family": "flat", "rerank_codec": "lvq8"}, "set rerank to true"),
+        ({"rerank_codec": "lvq8"}, "which needs a family"),
         ({"family": "flat", "iterations": 2}, "iterations (2) belongs to ivf"),
     ],
 )

@@ -23,7 +23,7 @@ def test_a_shard_answers_for_the_neighbours_that_lie_in_it() -> None:
             shard,
             (hits([[name if name in own[shard] else "other" for name in row] for row in truth.ids]),),
             (),
-            (),
+            (np.ones(2, bool),),
             own[shard],
         )
         for shard in range(3)
@@ -32,7 +32,7 @@ def test_a_shard_answers_for_the_neighbours_that_lie_in_it() -> None:
     asked = Queries(("a", "b"), np.zeros((2, 2), np.float32), (None, None))
     found = _shard_recall(perfect, truth, asked, 6, False)
     assert found == {"shard_recall": [1.0, 1.0, 1.0], "shard_neighbours": counts}
-    blind = [perfect[0], Measured(1, (hits([["other"] * 6] * 2),), (), (), own[1]), perfect[2]]
+    blind = [perfect[0], Measured(1, (hits([["other"] * 6] * 2),), (), (np.ones(2, bool),), own[1]), perfect[2]]
     assert _shard_recall(blind, truth, asked, 6, False)["shard_recall"] == [1.0, 0.0, 1.0]
     # With exact similarities, a row as similar as the last neighbour counts like it; the query itself never does.
     assert _shard_recall(blind, truth, asked, 6, True)["shard_recall"] == [1.0, 1.0, 1.0]

@@ -124,6 +124,30 @@ def test_every_passage_that_went_is_linked_to_a_twin_that_stays(made: Workspace)
     assert {link["represented_by"] for link in same_text.values()} <= stays
 
 
+def test_a_file_of_twins_alone_leaves_its_links(workspace: Workspace) -> None:
+    texts = [json.loads(line) for line in (workspace.corpus / "one.jsonl").read_text().splitlines()]
+    twins = [{"id": f"g{row['id']}", "text": row["text"].rstrip(".") + " .", "topic": "twin"} for row in texts[:12]]
+    copies = [{**twins[0], "id": "h0"}]
+    workspace.write("twins.jsonl", twins)
+    workspace.write("zcopies.jsonl", copies)
+    run(workspace, keep="column:topic asc")  # "t..." before "twin"
+    stays = published(workspace.root)
+    with open_index(str(workspace.root), "live") as index:
+        linked = {link["id"]: link for link in index.duplicates(sorted(stays)).to_pylist()}
+    gone = set(encoded(workspace.root)) - stays
+    assert {name for name in gone if name.startswith("g")} and gone <= set(linked)
+    assert linked["h0#0"]["similarity"] is None and linked["h0#0"]["represented_by"] in stays
+
+
+def test_an_interrupted_stage_is_made_again(workspace: Workspace) -> None:
+    (record,) = workspace.root.glob("stages/kept/*/kept.json")
+    kept = record.parent.name
+    before = published(workspace.root)
+    shutil.rmtree(workspace.root / "stages/embeddings" / kept)  # as clean-up that was cut short leaves it
+    report = run(workspace, similarity=SIMILARITY)
+    assert report.status.value == "published" and published(workspace.root) == before
+
+
 def test_the_record_and_the_ledger_say_what_went(made: Workspace) -> None:
     (path,) = made.root.glob("stages/kept/*/kept.json")
     record = json.loads(path.read_text())
@@ -137,10 +161,15 @@ def test_the_record_and_the_ledger_say_what_went(made: Workspace) -> None:
 
 def test_another_threshold_joins_and_encodes_nothing_again(workspace: Workspace) -> None:
     pairs = {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")}
+    for folder in (*workspace.root.glob("stages/replicas/*"), *workspace.root.glob("stages/centroids/*")):
+        shutil.rmtree(folder)  # clean-up takes them
     report = run(workspace, similarity=0.97)
     assert {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")} == pairs and pairs
     assert published(workspace.root) == expected(workspace.root, 0.97)
     assert next(entry for entry in report.entries if entry.stage == "embeddings").encoded == 0
+    assert not list(workspace.root.glob("stages/replicas/*/*")) and not list(
+        workspace.root.glob("stages/centroids/*/*")
+    )
     plan = workspace.pipeline(deduplicate={**RULE, "similarity": 0.97}).plan()
     assert plan.up_to_date and [stage.name for stage in plan.stages].count("kept") == 1
 
