@@ -261,7 +261,7 @@ def run_pipeline(file: Path, workers: int, only_build: bool = False, sample: boo
         raise
     events.join()
     end_left_behind(sampler)
-    if process.wait() not in ((STOPPED,) if only_build else (0,)):
+    if process.wait() not in ((STOPPED, 0) if only_build else (0,)):  # 0: it was through before it heard of it
         raise SystemExit(f"`penstock run` ended with code {process.returncode}:\n{log.read_text()[-2000:]}")
     events.ran.memory = sampler.kinds
     return events.ran
