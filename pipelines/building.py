@@ -46,8 +46,9 @@ from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import files_of, place_files, shards_of
 
 FRAGMENTS_PER_COUNT = 500
-# k-means iterations over the sample, by one process: few where iterations over all vectors, by all workers, follow.
+# k-means over the sample, by one process: short where iterations over all vectors, by all workers, follow.
 SAMPLE_ITERATIONS, BEGUN_ITERATIONS = 10, 4
+BEGUN_ROWS_PER_CELL, MOST_ROWS = 16, 2**62
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Building:
             cells,
             self.chain.spec.dimension,
             spherical=compares_products(self.chain.spec),
-            training_rows=self.chain.spec.training_rows,
+            training_rows=min(self.chain.spec.training_rows, BEGUN_ROWS_PER_CELL * cells if iterations else MOST_ROWS),
             seed=self.chain.spec.seed,
             sample_iterations=BEGUN_ITERATIONS if iterations else SAMPLE_ITERATIONS,
             iterations=iterations,
