@@ -25,7 +25,7 @@ from penstock.cluster.storage import Store
 from penstock.operators.cell_sharing import share_cells
 from penstock.operators.indexing import faiss_threads
 from penstock.operators.routing import CellOwners, index_centroids, nearest_of_index
-from penstock.operators.sharding import HASH_SPACE
+from penstock.operators.sharding import shard_range
 
 SHARD_COLUMN, VECTOR_COLUMN = " shard", " embedding"  # which no column of documents is called
 # Cells that a query probes, for sharing them out: this times the root of their number. On 39,000 titles in 1,024 cells
@@ -33,6 +33,7 @@ SHARD_COLUMN, VECTOR_COLUMN = " shard", " embedding"  # which no column of docum
 PROBED_PER_ROOT_CELL = 1.6
 QUERIES_PER_CELL = 4
 MOST_SHARING_QUERIES = 16_384
+PLACED_ROWS = 16_384  # read and placed at once: a list column takes several times its values while it is decoded
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,24 @@ def share_out(task: SharingTask) -> float:
 
 
 def place_rows(task: PlacementTask) -> int:
-    """Write a fragment's rows in order of shards, passages and embeddings together; returns its rows. Memory: the
-    fragment, and what one shard gets of it."""
+    """Write a fragment's rows in order of shards, passages and embeddings together; returns its rows. Memory: about
+    PLACED_ROWS rows, and the cells of all."""
     job, store = task.job, connect(task.job.source.root)
     owners = read_owners(store.read(owners_path(job.fingerprint)))
-    embedded, passages = read_rows(store, job.source, task.pair, 0, HASH_SPACE - 1)
     shards = owners.shard_of_cell[_cells(store, job.cells, task.pair.embeddings)]
-    vectors = vectors_of(embedded.column("embedding"))
     path = fragment_path(PLACEMENT, job.fingerprint, task.pair.embeddings)
     with tempfile.TemporaryDirectory(prefix="penstock-place-") as place:
         file = Path(place) / "rows.parquet"
-        _write_groups(file, passages, vectors, shards)
+        _write_groups(file, _parts(store, job.source, task.pair, len(shards)), shards)
         store.upload(file, path)
     return len(shards)
+
+
+def _parts(store: Store, source: RowSource, pair: FragmentPair, rows: int) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """(embeddings, passages) of a fragment in order of hashes, about PLACED_ROWS at once."""
+    count = max(1, -(-rows // PLACED_ROWS))
+    for number in range(count):
+        yield read_rows(store, source, pair, *shard_range(number, count))
 
 
 def read_placed(
@@ -141,13 +147,23 @@ def _cells(store: Store, job: CellsJob, fragment: str) -> np.ndarray:
         return read_cells(store, job.fingerprint, fragment)
 
 
-def _write_groups(path: Path, passages: pa.Table, vectors: np.ndarray, shards: np.ndarray) -> None:
-    """A Parquet file of rows in order of shards, in which no row group holds rows of two."""
-    schema = _placed(passages, vectors, np.empty(0, np.int64), 0).schema
-    with pq.ParquetWriter(path, schema, **write_options(schema)) as writer:
-        for shard in np.unique(shards).tolist():
-            table = _placed(passages, vectors, np.flatnonzero(shards == shard), shard)
+def _write_groups(path: Path, parts: Iterator[tuple[pa.Table, pa.Table]], shards: np.ndarray) -> None:
+    """A Parquet file of rows by part and shard, in which no row group holds rows of two shards."""
+    writer, first = None, 0
+    for embedded, passages in parts:
+        vectors = vectors_of(embedded.column("embedding"))
+        if writer is None:
+            schema = _placed(passages, vectors, np.empty(0, np.int64), 0).schema
+            writer = pq.ParquetWriter(path, schema, **write_options(schema))
+        own = shards[first : first + len(vectors)]
+        first += len(vectors)
+        for shard in np.unique(own).tolist():
+            table = _placed(passages, vectors, np.flatnonzero(own == shard), shard)
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+    if writer is not None:
+        writer.close()
+    if first != len(shards):
+        raise ValueError(f"fragment ({first} rows) must have as many as its {len(shards)} cells; find its cells again")
 
 
 def _placed(passages: pa.Table, vectors: np.ndarray, rows: np.ndarray, shard: int) -> pa.Table:

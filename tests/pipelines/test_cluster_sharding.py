@@ -14,6 +14,10 @@ import yaml
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.file_cache import DamagedFile
+from penstock.cluster.jobs import placement
+from penstock.cluster.jobs.cells import CellsJob
+from penstock.cluster.jobs.placement import PlacementJob, PlacementTask, place_rows, read_placed
+from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.transforms import DamagedTransforms
 from penstock.cluster.node import CACHE_VARIABLE
 from penstock.cluster.session import Session
@@ -22,6 +26,7 @@ from penstock.operators.searching import SearchParameters, normalize
 from penstock.pipelines import Pipeline, open_index
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.planning import read_facts
 
 from ..conftest import S3Server
 from .conftest import Workspace
@@ -203,6 +208,26 @@ def test_what_is_missing_is_made_again_and_a_changed_gate_builds_nothing(copied:
         assert (again.folder / name).read_bytes() == (copied.folder / name).read_bytes()
     with open_index(str(root), "live") as index:
         assert index.version == again.manifest["version"] and index.search(queries_of(copied), 3).ids.all()
+
+
+def test_rows_placed_in_parts_are_those_placed_at_once(copied: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages, store = copied.manifest["lineage"]["stages"], open_store(str(copied.root))
+    source = RowSource(store.url, stages["passages"], stages["selection"], stages["embeddings"])
+    cells = CellsJob(store.url, stages["training"], stages["embeddings"], stages["training"], CELLS)
+    job = PlacementJob(source, stages["shards"], cells)
+    pairs = tuple(
+        FragmentPair(fact.passages, fact.embeddings_fragment(stages["embeddings"]), fact.kept < fact.passages_in)
+        for fact in read_facts(store, stages["selection"]) or []
+    )
+
+    def placed() -> list[pa.Table]:
+        found = [pair for shard in range(SHARDS) for pair in read_placed(store, job.fingerprint, pairs, shard)]
+        return [table.combine_chunks() for pair in found for table in pair]
+
+    before = placed()
+    monkeypatch.setattr(placement, "PLACED_ROWS", 7)
+    assert sum(place_rows(PlacementTask(job, pair)) for pair in pairs) == copied.manifest["rows"]
+    assert all(one.equals(other) for one, other in zip(placed(), before, strict=True))
 
 
 def test_cleaning_up_leaves_what_the_version_needs(copied: Published) -> None:
