@@ -166,19 +166,24 @@ def mrr_at_k(ranked: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, f
 
 
 def operating_points(
-    spec: IndexSpec, rows_per_shard: int, compared_again: bool, tuned: SearchParameters | None = None
+    spec: IndexSpec,
+    rows_per_shard: int,
+    rerank: bool,
+    tuned: SearchParameters | None = None,
+    *,
+    transformed: bool = False,
 ) -> list[SearchParameters]:
     """The search parameters to measure, cheapest first, those that tuning found among them.
 
     Cheap is what compares few rows, each at the cost of its codec and of re-ranking.
 
     Points that only repeat a cheaper one are left out: an ef or a rerank factor beyond one that already covers every
-    row.
+    row, and rerank factors of an index that stores the vectors themselves.
 
     Args:
-        compared_again: whether stored vectors may order rows otherwise than the index does.
+        transformed: whether the index holds other vectors than those stored for re-ranking.
     """
-    factors = RERANK_GRID if compared_again else RERANK_GRID[:1]
+    factors = RERANK_GRID if rerank and (transformed or spec.codec is not Codec.NONE) else RERANK_GRID[:1]
     kept_factors = _until_covering(factors, rows_per_shard / MEASURED_K)
     grid = [_with_factor(knob, factor) for knob, factor in product(_knobs(spec, rows_per_shard), kept_factors)]
     grid += [tuned] if tuned and tuned not in grid else []

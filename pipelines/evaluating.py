@@ -116,7 +116,9 @@ class Measurement:
     ) -> tuple[list[MeasuredPoint], MeasuredPoint]:
         """All operating points that were compared, and the one to take."""
         index, rows = self.resolved.pipeline.index, searched_rows(self.resolved, self.chain.rows)
-        points = operating_points(self.chain.spec, rows, self.compared_again, self.resolved.tuned_point)
+        points = operating_points(
+            self.chain.spec, rows, index.rerank, self.resolved.tuned_point, transformed=bool(index.transforms)
+        )
         table = self._compare(queries, truth, k, points, advance)
         chosen = choose_operating_point(table, index.recall)
         if not self.routed:

@@ -205,6 +205,8 @@ def test_mrr_by_hand() -> None:
 
 def test_operating_points_come_cheapest_first_and_without_repeats() -> None:
     assert operating_points(_spec(Family.FLAT, Codec.NONE), ROWS, rerank=True) == [SearchParameters()]
+    shortened = operating_points(_spec(Family.FLAT, Codec.NONE), ROWS, rerank=True, transformed=True)
+    assert len({point.rerank_factor for point in shortened}) > 1
     flat = operating_points(_spec(Family.FLAT, Codec.SQ8), 10**6, rerank=True)
     assert [point.rerank_factor for point in flat] == [1, 2, 4, 8, 16, 32]
     ivf = operating_points(_spec(Family.IVF, Codec.NONE, nlist=50), 10**6, rerank=False)
