@@ -253,7 +253,7 @@ def test_an_unknown_key_like_no_other_names_all() -> None:
         ("index: {shards: null}", "(None) must be a valid integer"),
         ("index: {recall: 1.5}", "(1.5) must be less than or equal to 1"),
         ("index: {recall: .nan}", "(nan) must be"),
-        ("index: {family: tree}", "('tree') must be 'flat', 'hnsw' or 'ivf'"),
+        ("index: {family: tree}", "('tree') must be 'flat', 'hnsw', 'ivf' or 'vamana'"),
         ("index: {rabitq_bits: 9, codec: rabitq}", "(9) must be less than or equal to 8"),
         ("index: 5", "(5) must be a mapping of keys to values"),
         ("index: [a]", "(['a']) must be a mapping of keys to values"),

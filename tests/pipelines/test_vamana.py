@@ -69,7 +69,7 @@ def library(ray_session: Session, tmp_path_factory: pytest.TempPathFactory, real
 
 
 def test_a_version_says_how_svs_built_it(library: Library) -> None:
-    built = {"family": "vamana", "codec": "none", "factory": "SVSVamana16", "ef_construction": 200}
+    built = {"family": "vamana", "codec": "none", "factory": "SVSVamana16", "dimension": 384, "ef_construction": 200}
     assert library.manifest["svs"] == {**built, "version": svs_version()} and "faiss" not in library.manifest
     names = [file["name"] for shard in library.manifest["shards"] for file in shard["files"]]
     assert "shard-00001.svs.tar" in names and not [name for name in names if name.endswith(".faiss")]
