@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from penstock.cluster.storage import Store
@@ -115,6 +116,19 @@ def read_hash_range(store: Store, path: str, first: int, last: int, columns: Seq
     start = int(np.searchsorted(hashes, np.uint64(first), side="left"))
     stop = int(np.searchsorted(hashes, np.uint64(last), side="right"))
     return table.slice(start, stop - start)
+
+
+def read_rows_with(store: Store, path: str, column: str, value: int) -> pa.Table:
+    """The rows of a file whose integer column has a value, reading only row groups that may hold some."""
+    with open_fragment(store, path) as file:
+        position = file.schema.names.index(column)  # among the leaves, which are more than the fields
+        groups = [
+            group
+            for group in range(file.metadata.num_row_groups)
+            if _overlaps(file.metadata.row_group(group).column(position).statistics, value, value)
+        ]
+        table = file.read_row_groups(groups).replace_schema_metadata()
+    return table.filter(pc.equal(table.column(column), value))
 
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:

@@ -6,12 +6,13 @@ by `adapter_fitting`, kept as safetensors; Drift-Adapter (arXiv:2509.23471) comp
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, assert_never
 
 import numpy as np
 
 from penstock.operators.indexing import MOST_SEED, Metric
+from penstock.operators.tagged import name_of_kind, tagged_from_json, tagged_to_json
 from penstock.operators.tensors import pack, unpack
 
 KIND = "adapter"
@@ -97,7 +98,6 @@ METHOD_TYPES: Mapping[str, type[Method]] = {
     "ridge": Ridge,
     "whitened_ridge": WhitenedRidge,
 }
-_TYPE_NAMES = {kind: name for name, kind in METHOD_TYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,26 +189,17 @@ class Adapter:
 
 def type_of(method: Method) -> str:
     """The short name that a method has in files."""
-    return _TYPE_NAMES[type(method)]
+    return name_of_kind(METHOD_TYPES, method)
 
 
 def method_to_json(method: Method) -> dict[str, Any]:
     """A method as plain data: its parameters and its `type`."""
-    return {"type": type_of(method), **asdict(method)}
+    return tagged_to_json(METHOD_TYPES, method)
 
 
 def method_from_json(value: Mapping[str, Any]) -> Method:
     """The inverse of method_to_json; unknown types and parameters are errors."""
-    name = value.get("type")
-    kind = METHOD_TYPES.get(str(name))
-    if kind is None:
-        raise ValueError(f"type of an adapter ({name}) is none of {', '.join(METHOD_TYPES)}")
-    parameters = {key: item for key, item in value.items() if key != "type"}
-    known = [parameter.name for parameter in fields(kind)]
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise ValueError(f"parameter {unknown[0]} ({parameters[unknown[0]]}) of {name} is none of ({', '.join(known)})")
-    return kind(**parameters)
+    return tagged_from_json(METHOD_TYPES, value, "an adapter")
 
 
 def array_shapes(method: Method, input_dimension: int, output_dimension: int) -> dict[str, tuple[int, ...]]:

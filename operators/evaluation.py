@@ -183,7 +183,7 @@ def operating_points(
     Args:
         transformed: whether the index holds other vectors than those stored for re-ranking.
     """
-    factors = RERANK_GRID if rerank and (transformed or spec.codec is not Codec.NONE) else RERANK_GRID[:1]
+    factors = RERANK_GRID if _reorders(spec, rerank, transformed) else RERANK_GRID[:1]
     kept_factors = _until_covering(factors, rows_per_shard / MEASURED_K)
     grid = [_with_factor(knob, factor) for knob, factor in product(_knobs(spec, rows_per_shard), kept_factors)]
     grid += [tuned] if tuned and tuned not in grid else []
@@ -204,7 +204,9 @@ def choose_operating_point(measured: Sequence[MeasuredPoint], recall: float) -> 
     return max(measured, key=lambda point: point.recall)
 
 
-def routed_points(spec: IndexSpec, least: SearchParameters, compared_again: bool) -> list[SearchParameters]:
+def routed_points(
+    spec: IndexSpec, least: SearchParameters, rerank: bool, *, transformed: bool = False
+) -> list[SearchParameters]:
     """The search parameters to measure where shards own cells, from those that are the cheapest over all probed cells:
     more cells and candidates in the shards that matter most can replace the other shards. On 100,000 perturbed titles,
     1,024 cells and 16 shards, recall@10 of 0.95 took 5.2 shards with 4 times k candidates, 3.7 with 8 and 3.3 with 16.
@@ -212,9 +214,15 @@ def routed_points(spec: IndexSpec, least: SearchParameters, compared_again: bool
     if least.nprobe is None:
         raise ValueError(f"search parameters ({least.to_json()}) must name nprobe where shards own cells")
     nprobes = {min(nlist_of(spec), round(least.nprobe * more)) for more in WIDER_PROBES}
-    factors = [min(RERANK_GRID[-1], least.rerank_factor * more) for more in MORE_CANDIDATES] if compared_again else [1]
+    more_candidates = MORE_CANDIDATES if _reorders(spec, rerank, transformed) else MORE_CANDIDATES[:1]
+    factors = [min(RERANK_GRID[-1], least.rerank_factor * more) for more in more_candidates]
     grid = product(sorted(nprobes), sorted(set(factors)), COVERAGES)
     return [replace(least, nprobe=nprobe, rerank_factor=factor, coverage=part) for nprobe, factor, part in grid]
+
+
+def _reorders(spec: IndexSpec, rerank: bool, transformed: bool) -> bool:
+    """Whether stored vectors may order rows otherwise than the index does: it holds codes, or other vectors."""
+    return rerank and (transformed or spec.codec is not Codec.NONE)
 
 
 def choose_routed_point(measured: Sequence[MeasuredPoint], recall: float) -> MeasuredPoint:

@@ -19,7 +19,7 @@ inner product alone, as do maps after which vectors are not of unit length any m
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self, TypeAlias, assert_never
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from penstock.operators.indexing import MOST_SEED, Metric
 from penstock.operators.lengths import normalize
+from penstock.operators.tagged import name_of_kind, tagged_from_json, tagged_to_json
 from penstock.operators.tensors import pack, unpack
 
 KIND = "transforms"
@@ -158,7 +159,6 @@ STEP_TYPES: Mapping[str, type[Step]] = {
     "truncation": Truncation,
     "whitening": Whitening,
 }
-_TYPE_NAMES = {kind: name for name, kind in STEP_TYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,26 +376,17 @@ class Chain:
 
 def type_of(step: Step) -> str:
     """The short name that a step has in files."""
-    return _TYPE_NAMES[type(step)]
+    return name_of_kind(STEP_TYPES, step)
 
 
 def step_to_json(step: Step) -> dict[str, Any]:
     """A step as plain data: its parameters and its `type`."""
-    return {"type": type_of(step), **asdict(step)}
+    return tagged_to_json(STEP_TYPES, step)
 
 
 def step_from_json(value: Mapping[str, Any]) -> Step:
     """The inverse of step_to_json; unknown types and parameters are errors."""
-    name = value.get("type")
-    kind = STEP_TYPES.get(str(name))
-    if kind is None:
-        raise ValueError(f"type of a transform ({name}) is none of {', '.join(STEP_TYPES)}")
-    parameters = {key: item for key, item in value.items() if key != "type"}
-    known = [parameter.name for parameter in fields(kind)]
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise ValueError(f"parameter {unknown[0]} ({parameters[unknown[0]]}) of {name} is none of ({', '.join(known)})")
-    return kind(**parameters)
+    return tagged_from_json(STEP_TYPES, value, "a transform")
 
 
 def output_dimension(step: Step, input_dimension: int) -> int:

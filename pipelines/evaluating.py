@@ -37,7 +37,6 @@ from penstock.operators.evaluation import (
     recall_at_k,
     routed_points,
 )
-from penstock.operators.indexing import Codec
 from penstock.operators.searching import Hits, SearchParameters, merge_hits
 from penstock.operators.sharding import Sharding
 from penstock.operators.vector_codecs import VectorCodec
@@ -67,12 +66,6 @@ class Measurement:
     def routed(self) -> bool:
         """Whether a query needs some of the shards only."""
         return self.resolved.pipeline.index.sharding is Sharding.CLUSTER
-
-    @property
-    def compared_again(self) -> bool:
-        """Whether stored vectors may order rows otherwise than the index does: it holds codes, or other vectors."""
-        index = self.resolved.pipeline.index
-        return index.rerank and (self.chain.spec.codec is not Codec.NONE or bool(index.transforms))
 
     @property
     def exact_similarities(self) -> bool:
@@ -116,16 +109,16 @@ class Measurement:
     ) -> tuple[list[MeasuredPoint], MeasuredPoint]:
         """All operating points that were compared, and the one to take."""
         index, rows = self.resolved.pipeline.index, searched_rows(self.resolved, self.chain.rows)
+        transformed = bool(index.transforms)
         points = operating_points(
-            self.chain.spec, rows, index.rerank, self.resolved.tuned_point, transformed=bool(index.transforms)
+            self.chain.spec, rows, index.rerank, self.resolved.tuned_point, transformed=transformed
         )
         table = self._compare(queries, truth, k, points, advance)
         chosen = choose_operating_point(table, index.recall)
         if not self.routed:
             return table, chosen
-        table += self._compare(
-            queries, truth, k, routed_points(self.chain.spec, chosen.parameters, self.compared_again), advance
-        )
+        routed = routed_points(self.chain.spec, chosen.parameters, index.rerank, transformed=transformed)
+        table += self._compare(queries, truth, k, routed, advance)
         return table, choose_routed_point(table, index.recall)
 
     def _compare(

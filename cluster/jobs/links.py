@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,21 +58,25 @@ def shard_links(store: Store, source: LinkSource, ids_path: Path) -> Iterator[pa
 
 
 class _OwnRows:
-    """The rows of a shard by hash."""
+    """The rows of a shard by hash, which are computed when a link first asks for them."""
 
     def __init__(self, path: Path) -> None:
         self._ids = pa.ipc.open_file(pa.memory_map(str(path))).read_all().column("id")
-        hashes = [row_hashes(chunk.to_pylist()) for chunk in self._ids.chunks]
-        whole = np.concatenate([*hashes, np.empty(0, np.uint64)])
-        self._order = np.argsort(whole, kind="stable")
-        self._hashes = whole[self._order]
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """The row, int64 (n,), of each row hash uint64 (n,); -1 where the shard has none."""
-        return _find(self._hashes, self._order, hashes)
+        return _find(*self._by_hash, hashes) if len(hashes) else np.empty(0, np.int64)
 
     def ids(self, rows: np.ndarray) -> pa.ChunkedArray:
         return self._ids.take(pa.array(rows))
+
+    @cached_property
+    def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes uint64 (n,), ascending, and the row of each, int64 (n,)."""
+        hashes = [row_hashes(chunk.to_pylist()) for chunk in self._ids.chunks]
+        whole = np.concatenate([*hashes, np.empty(0, np.uint64)])
+        order = np.argsort(whole, kind="stable")
+        return whole[order], order
 
 
 class _Moved:

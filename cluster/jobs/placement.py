@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from penstock.cluster.fragments import ROW_GROUP_ROWS, open_fragment, vector_column, vectors_of, write_options
+from penstock.cluster.fragments import ROW_GROUP_ROWS, read_rows_with, vector_column, vectors_of, write_options
 from penstock.cluster.jobs.cells import CellsJob, CellsTask, kept_trained, read_cells, write_cells
 from penstock.cluster.jobs.sampling import sample_vectors
-from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
+from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, or_one_empty, read_rows
 from penstock.cluster.jobs.transforms import read_chain
 from penstock.cluster.layout import EMBEDDINGS, PLACEMENT, SHARDS, fragment_path, stage_folder
 from penstock.cluster.node import connect
@@ -123,19 +123,15 @@ def read_placed(
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
     """(embeddings, passages) of a shard from each fragment that holds any of its rows; one empty pair where none
     does."""
-    found, nothing = False, None
-    for pair in pairs:
-        with open_fragment(store, fragment_path(PLACEMENT, fingerprint, pair.embeddings)) as file:
-            table = file.read_row_groups(_groups_of(file, shard))
-        passages = table.drop_columns([SHARD_COLUMN, VECTOR_COLUMN]).combine_chunks()
-        embedded = passages.select(["passage_id", "text_hash"]).append_column("embedding", table.column(VECTOR_COLUMN))
-        if table.num_rows:
-            found = True
-            yield embedded.combine_chunks(), passages
-        elif nothing is None:
-            nothing = embedded, passages
-    if not found and nothing is not None:
-        yield nothing
+    return or_one_empty(_placed_rows(store, fingerprint, pair, shard) for pair in pairs)
+
+
+def _placed_rows(store: Store, fingerprint: str, pair: FragmentPair, shard: int) -> tuple[pa.Table, pa.Table]:
+    path = fragment_path(PLACEMENT, fingerprint, pair.embeddings)
+    table = read_rows_with(store, path, SHARD_COLUMN, shard).combine_chunks()
+    passages = table.drop_columns([SHARD_COLUMN, VECTOR_COLUMN])
+    embedded = passages.select(["passage_id", "text_hash"]).append_column("embedding", table.column(VECTOR_COLUMN))
+    return embedded, passages
 
 
 def _cells(store: Store, job: CellsJob, fragment: str) -> np.ndarray:
@@ -171,9 +167,3 @@ def _placed(passages: pa.Table, vectors: np.ndarray, rows: np.ndarray, shard: in
     table = passages.take(pa.array(rows, pa.int64()))
     table = table.append_column(VECTOR_COLUMN, vector_column(vectors[rows]))
     return table.append_column(SHARD_COLUMN, pa.array(np.full(len(rows), shard, np.int32)))
-
-
-def _groups_of(file: pq.ParquetFile, shard: int) -> list[int]:
-    position = file.schema.names.index(SHARD_COLUMN)
-    groups = [file.metadata.row_group(number).column(position).statistics for number in range(file.num_row_groups)]
-    return [number for number, statistics in enumerate(groups) if statistics.min == shard]

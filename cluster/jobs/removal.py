@@ -12,7 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from penstock.cluster.fragments import Receipt, open_fragment, read_fragment, read_receipt, write_fragment
+from penstock.cluster.fragments import (
+    Receipt,
+    read_fragment,
+    read_receipt,
+    read_rows_with,
+    write_fragment,
+)
 from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.jobs.similarity import LEFT, RIGHT, SIMILARITY, stored_pairs
 from penstock.cluster.layout import PASSAGES, REMOVAL, fragment_path, stage_folder
@@ -281,15 +287,8 @@ def _sortable(columns: list[pa.Array]) -> pa.Array:
 
 
 def _messages(store: Store, job: RemovalJob, name: str, bucket: int) -> pa.Table:
-    """The rows for a bucket in a file sorted by bucket, reading only row groups that may hold some."""
-    with open_fragment(store, _path(job, name)) as file:
-        groups = []
-        for group in range(file.metadata.num_row_groups):
-            statistics = file.metadata.row_group(group).column(0).statistics
-            if statistics is None or statistics.min <= bucket <= statistics.max:
-                groups.append(group)
-        table = file.read_row_groups(groups).replace_schema_metadata()
-    return table.filter(pc.equal(table.column("bucket"), bucket))
+    """The rows for a bucket in a file sorted by bucket."""
+    return read_rows_with(store, _path(job, name), "bucket", bucket)
 
 
 def _write(store: Store, job: RemovalJob, name: str, table: pa.Table, receipt: Receipt | None = None) -> None:

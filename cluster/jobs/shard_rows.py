@@ -1,6 +1,6 @@
 """The rows of a shard: embeddings with their passages, fragment by fragment."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -51,9 +51,13 @@ def read_slices(
     store: Store, source: RowSource, pairs: tuple[FragmentPair, ...], first: int, last: int
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
     """What read_rows gives for each fragment that holds any such rows; one empty pair where none does."""
+    return or_one_empty(read_rows(store, source, pair, first, last) for pair in pairs)
+
+
+def or_one_empty(pairs: Iterable[tuple[pa.Table, pa.Table]]) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Those of (embeddings, passages) that have rows; the first without any where none has."""
     found, nothing = False, None
-    for pair in pairs:
-        rows = read_rows(store, source, pair, first, last)
+    for rows in pairs:
         if rows[0].num_rows:
             found = True
             yield rows

@@ -18,6 +18,7 @@ from penstock.cluster.fragments import (
     open_fragment,
     read_fragment,
     read_hash_range,
+    read_rows_with,
     vector_column,
     vectors_of,
     write_fragment,
@@ -366,7 +367,7 @@ def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copi
 def _read_part(store: Store, job: JoinJob, part: int) -> _PartRows:
     tables, standing = [], []
     for fragment in job.fragments:
-        table = _rows_of_part(store, fragment_path(REPLICAS, job.fingerprint, fragment), part)
+        table = read_rows_with(store, fragment_path(REPLICAS, job.fingerprint, fragment), "part", part)
         tables.append(table)
         standing.append(np.full(table.num_rows, fragment in job.standing))
     rows = pa.concat_tables(tables)
@@ -379,20 +380,6 @@ def _read_part(store: Store, job: JoinJob, part: int) -> _PartRows:
         np.concatenate(standing)[order],
         rows.column("cell").to_numpy()[order],
     )
-
-
-def _rows_of_part(store: Store, path: str, part: int) -> pa.Table:
-    """The rows of a part in a file sorted by it, reading only row groups that may hold some."""
-    with open_fragment(store, path) as file:
-        groups = []
-        for group in range(file.metadata.num_row_groups):
-            statistics = file.metadata.row_group(group).column(0).statistics
-            if statistics is None or statistics.min <= part <= statistics.max:
-                groups.append(group)
-        table = file.read_row_groups(groups).replace_schema_metadata()
-    parts = table.column("part").to_numpy()
-    start, stop = np.searchsorted(parts, [part, part + 1])
-    return table.slice(int(start), int(stop - start))
 
 
 def _joined(job: JoinJob, rows: _PartRows) -> Iterator[Pairs]:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from penstock.cluster.jobs.clustering import read_centroids
-from penstock.cluster.jobs.sampling import sample_vectors as sample_vectors
+from penstock.cluster.jobs.sampling import sample_vectors
 from penstock.cluster.jobs.transforms import read_chain
 from penstock.cluster.layout import EMBEDDINGS, TRAINING, fragment_path, stage_folder
 from penstock.cluster.node import connect

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.cluster.jobs.training import sample_vectors
+from penstock.cluster.jobs.sampling import sample_vectors
 from penstock.cluster.layout import EMBEDDINGS, fragment_path
 from penstock.cluster.node import connect
 from penstock.operators.indexing import Metric

@@ -19,6 +19,7 @@ from penstock.cluster.jobs.cells import CellsJob
 from penstock.cluster.jobs.placement import PlacementJob, PlacementTask, place_rows, read_placed
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.transforms import DamagedTransforms
+from penstock.cluster.layout import PLACEMENT, fragment_path
 from penstock.cluster.node import CACHE_VARIABLE
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
@@ -228,6 +229,18 @@ def test_rows_placed_in_parts_are_those_placed_at_once(copied: Published, monkey
     monkeypatch.setattr(placement, "PLACED_ROWS", 7)
     assert sum(place_rows(PlacementTask(job, pair)) for pair in pairs) == copied.manifest["rows"]
     assert all(one.equals(other) for one, other in zip(placed(), before, strict=True))
+
+
+def test_a_fragment_without_rows_is_placed_and_read(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([], pa.float16()), 4)
+    passages = pa.table({"passage_id": pa.array([], pa.string()), "text_hash": pa.array([], pa.binary(16))})
+    placement._write_groups(
+        tmp_path / "rows.parquet", iter([(pa.table({"embedding": vectors}), passages)]), np.empty(0)
+    )
+    store.upload(tmp_path / "rows.parquet", fragment_path(PLACEMENT, "f", "e"))
+    ((embedded, rows),) = read_placed(store, "f", (FragmentPair("p", "e", False),), 0)
+    assert embedded.num_rows == rows.num_rows == 0 and embedded.schema.field("embedding").type == vectors.type
 
 
 def test_cleaning_up_leaves_what_the_version_needs(copied: Published) -> None:
