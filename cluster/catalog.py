@@ -28,6 +28,8 @@ class Reason(StrEnum):
     PUBLISH = "publish"
     PROMOTE = "promote"
     ROLLBACK = "rollback"
+    BACKFILL = "backfill"  # to a version of which a part is in the old model's space: the next move takes its place
+    UPGRADE = "upgrade"  # to a version of another model
 
 
 @dataclass(frozen=True)
@@ -228,9 +230,14 @@ class Catalog:
 
 
 def undo_stack(history: Iterable[AliasEntry]) -> list[str]:
-    """The present version last, below it those that rollbacks would visit: a move pushes, a rollback pops."""
+    """The present version last, below it those that rollbacks would visit: a move pushes, a rollback pops; what follows
+    a version of a backfill takes its place."""
     stack: list[str] = []
+    passing: str | None = None
     for entry in history:
+        if passing is not None and stack and stack[-1] == passing:
+            stack.pop()
+        passing = entry.version if entry.reason == Reason.BACKFILL else None
         if entry.reason == Reason.ROLLBACK and entry.version in stack:
             while stack[-1] != entry.version:
                 stack.pop()

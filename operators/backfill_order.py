@@ -56,25 +56,34 @@ def backfill_order(priorities: Priorities, k: int = K) -> np.ndarray:
     return np.lexsort((priorities.hashes, -residuals, -hubs, -_known(priorities.traffic, priorities)))
 
 
-def fragment_order(order: np.ndarray, fragments: np.ndarray, traffic: np.ndarray | None = None) -> np.ndarray:
+def fragment_order(
+    rows: np.ndarray,
+    traffic: np.ndarray | None = None,
+    occurrences: np.ndarray | None = None,
+    residuals: np.ndarray | None = None,
+) -> np.ndarray:
     """The numbers of the fragments, the first to be embedded first, where whole fragments are embedded: int64 (f,).
 
-    By traffic per row; without traffic, and among equals, by the mean place of their rows in `order`.
+    By traffic per row, then by occurrences per row, then by the mean residual of rows that have one; what is not known
+    counts as none, equals by number.
 
     Args:
-        order: what backfill_order gave. fragments: int64 (n,), the fragment of each row, counted from 0, none empty.
+        rows: int64 (f,), the rows of each fragment, none empty.
+        traffic, occurrences: (f,), the sums over the rows of each.
+        residuals: (f,), the means; NaN where no row was embedded twice.
+
+    Raises:
+        ValueError: an empty fragment, or figures of other fragments.
     """
-    rows = np.bincount(fragments)
-    if len(fragments) != len(order) or rows.min() == 0:
-        raise ValueError(
-            f"fragments ({len(fragments)} rows, {np.count_nonzero(rows == 0)} numbers without any) must name one for "
-            f"each of the {len(order)} rows, numbered without gaps"
-        )
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    mean_place = np.bincount(fragments, weights=places) / rows
-    asked = np.zeros(len(rows)) if traffic is None else np.bincount(fragments, weights=traffic) / rows
-    return np.lexsort((np.arange(len(rows)), mean_place, -asked))
+    if len(rows) and rows.min() < 1:
+        raise ValueError(f"rows of fragment {int(np.argmin(rows))} ({rows.min()}) must be at least 1; leave it out")
+    keys = []
+    for name, values in (("traffic", traffic), ("occurrences", occurrences), ("residuals", residuals)):
+        known = np.zeros(len(rows)) if values is None else np.asarray(values, np.float64)
+        if len(known) != len(rows):
+            raise ValueError(f"{name} ({len(known)}) must have a figure for each of the {len(rows)} fragments")
+        keys.append(-np.nan_to_num(known if name == "residuals" else known / rows))
+    return np.lexsort((np.arange(len(rows)), *reversed(keys)))
 
 
 def log_traffic(found_rows: np.ndarray, asked: np.ndarray, rows: int) -> np.ndarray:

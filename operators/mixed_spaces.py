@@ -6,6 +6,7 @@ stored vectors mapped there, and all hits are merged by similarity. Where none p
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 
@@ -15,6 +16,13 @@ from penstock.operators.searching import Hits, merge_hits
 from penstock.operators.vector_store import StoredVectors
 
 RANK_CONSTANT = 60  # Cormack, Clarke, Büttcher 2009, "Reciprocal rank fusion outperforms Condorcet"
+
+
+class QueryMode(StrEnum):
+    """How queries reach vectors of the old model: encoded with it too, or mapped by an adapter."""
+
+    BOTH = "both"
+    BRIDGE = "bridge"
 
 
 class MixedSpaces(Exception):

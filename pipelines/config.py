@@ -9,6 +9,7 @@ from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend, Precision
 from penstock.operators.independent_set import Keep
 from penstock.operators.indexing import LEANVEC_CODECS, OPQ_CODECS, ROTATED_CODECS, Codec, Family, Metric, codecs_of
+from penstock.operators.mixed_spaces import QueryMode
 from penstock.operators.sharding import Sharding
 from penstock.operators.similar_pairs import Join, refuse_similarity
 from penstock.operators.transforms import Step, step_from_json
@@ -21,6 +22,8 @@ Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)
 Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 ColumnType = Literal["string", "int64", "float64", "bool", "timestamp"]
+Amount = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
+Window = Annotated[str, StringConstraints(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
 LEAST_STORED = 0.85  # so that most other thresholds need no other join
 ENVIRONMENT_PATHS = (
     ("root",),
@@ -29,6 +32,8 @@ ENVIRONMENT_PATHS = (
     ("evaluate", "queries"),
     ("evaluate", "relevance"),
     ("index", "queries"),
+    ("upgrade", "model"),
+    ("upgrade", "log"),
 )
 
 
@@ -444,6 +449,53 @@ class Publish(Section):
     keep: Count = Field(3, description="Versions that clean-up leaves, besides those an alias points to.")
 
 
+class Prices(Section):
+    """What machines and storage cost, in any currency."""
+
+    worker_hour: Amount = Field(0.0, description="An hour of one encoder worker.")
+    gb_month: Amount = Field(0.0, description="10^9 bytes stored for a month.")
+
+
+class Upgrade(Section):
+    """How `penstock upgrade` moves the index to another model while it is searched."""
+
+    model: Text | None = Field(None, description="The new model; --model names it too.")
+    embedding: Embedding | None = Field(
+        None, description="The whole new section `embedding`, where more than the model changes."
+    )
+    sample: Count = Field(4_000, description="Passages that are embedded with both models to compare them.")
+    recovery: Share = Field(0.9, description="Share of the old model's quality that an adapter must keep.")
+    queries: QueryMode = Field(
+        QueryMode.BOTH,
+        description="both: queries are encoded with both models while both are live; bridge: with the new one, "
+        "and mapped for old vectors.",
+    )
+    steps: Annotated[int, Field(strict=True, ge=1, le=100)] = Field(
+        10, description="How often, on the way, what is embedded is published and measured."
+    )
+    traffic: Text | None = Field(
+        None, description="A number among documents.keep that says how often a document is asked for: those go first."
+    )
+    log: Text | None = Field(
+        None, description="A JSONL file of asked queries (text, and count if not 1): what they find goes first."
+    )
+    max_workers: Count | None = Field(None, description="Encoder workers at most.")
+    window: Window | None = Field(None, description="Local time of day in which to embed, as in 01:00-06:00.")
+    prices: Prices = Prices()
+    compatible_with: Text | None = Field(
+        None, description="The old model, if the new one was trained to answer from its index; measured before use."
+    )
+    seed: Whole = 20_260_102
+
+    @model_validator(mode="after")
+    def _one_new_model(self) -> Self:
+        if self.model is not None and self.embedding is not None:
+            raise ValueError("model and embedding exclude each other: name the model in the section embedding")
+        if self.traffic is not None and self.log is not None:
+            raise ValueError("traffic and log exclude each other: give one of them")
+        return self
+
+
 class PipelineFile(Section):
     """A whole pipeline file."""
 
@@ -457,6 +509,7 @@ class PipelineFile(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate | None = None
     publish: Publish = Publish()
+    upgrade: Upgrade = Upgrade()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -467,6 +520,11 @@ class PipelineFile(Section):
             known = ", ".join(self._kept_columns()) or "none"
             raise ValueError(
                 f"deduplicate.keep ({self.deduplicate.keep}) must name a column of documents.keep, which has: {known}"
+            )
+        if self.upgrade.traffic is not None and self.upgrade.traffic not in self._kept_columns():
+            known = ", ".join(self._kept_columns()) or "none"
+            raise ValueError(
+                f"upgrade.traffic ({self.upgrade.traffic}) must be a column of documents.keep, which has: {known}"
             )
         judged = self.gate is not None and (self.gate.ndcg is not None or self.gate.mrr is not None)
         if judged and not self.evaluate.relevance:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from penstock.cluster.catalog import Catalog
+from penstock.cluster.catalog import Catalog, Reason
 from penstock.cluster.fragments import read_fragment
 from penstock.cluster.jobs.selection import OPERATOR_VERSION as SELECTION_VERSION
 from penstock.cluster.jobs.shards import ShardRecord, shard_record_path
@@ -88,6 +88,7 @@ NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "
     "rerank_codec",
 }
 VERSION_HEX_DIGITS = 16
+UPGRADING = (Reason.BACKFILL, Reason.UPGRADE)
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
 DEFAULT_EF_CONSTRUCTION = {Family.VAMANA: 200}  # candidates while a graph is built, where these are not 100
@@ -503,7 +504,7 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
         _shards_plan(resolved, chain, store, past, published),
         _evaluation_plan(resolved, chain, store, past),
     ]
-    moves, note = alias_moves(resolved.pipeline, catalog, chain.version)
+    moves, note = alias_moves(resolved, catalog, chain.version)
     return Plan(asked, (passages, selection, *later), chain.version, published, moves, head, (note,) if note else ())
 
 
@@ -739,13 +740,13 @@ def finished_shards(store: Store, fingerprint_: str, shards: int) -> dict[int, S
     return records
 
 
-def alias_moves(pipeline: PipelineFile, catalog: Catalog, version: str) -> tuple[bool, str]:
+def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[bool, str]:
     """Whether publishing the version would move the alias, and a note when it deliberately would not.
 
     A version that people moved an alias away from, by rollback or promote, is not put back by a run that made nothing
-    new.
+    new; nor does a run undo an upgrade to another model, whose file still names the old one.
     """
-    name = pipeline.publish.alias
+    name = resolved.pipeline.publish.alias
     if name is None:
         return False, ""
     head = catalog.alias(name)
@@ -756,6 +757,13 @@ def alias_moves(pipeline: PipelineFile, catalog: Catalog, version: str) -> tuple
             return False, (
                 f"alias {name} was moved from version {version} to {head.version} by {head.reason}; "
                 f"`penstock promote` puts it back"
+            )
+    if head is not None and head.reason in UPGRADING:
+        model = catalog.manifest(head.version)["model"]
+        if model["space"] != resolved.encoder.space:
+            return False, (
+                f"alias {name} was moved to version {head.version} of model {model['reference']} by {head.reason}: set "
+                f"embedding.model to that; `penstock promote` moves the alias to another version"
             )
     return True, ""
 

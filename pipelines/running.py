@@ -133,8 +133,27 @@ class Report:
         }
 
 
-def execute(plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter) -> Report:
+@dataclass(frozen=True)
+class Part:
+    """Some of the passages fragments of a corpus, which are to be a version by themselves; `of` is the upgrade that it
+    belongs to."""
+
+    fragments: frozenset[str]
+    of: str
+
+
+def execute(
+    plan: Plan,
+    origin: Origin,
+    store: Store,
+    session: Session,
+    reporter: Reporter,
+    part: Part | None = None,
+) -> Report:
     """Do what the plan says, under the index's lease.
+
+    Args:
+        part: index no more than this.
 
     Raises:
         LeaseHeld: another run of this index is under way.
@@ -143,9 +162,23 @@ def execute(plan: Plan, origin: Origin, store: Store, session: Session, reporter
     """
     resolved = plan.resolved
     store.probe()
-    run = Run(resolved, origin, store, session, reporter, new_run_id(resolved.pipeline.name))
+    run = Run(resolved, origin, store, session, reporter, new_run_id(resolved.pipeline.name), part)
     with acquire(store, resolved.pipeline.name, run.run_id) as lease:
         return run.execute(lease, plan.alias_head)
+
+
+def prepare(
+    plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter
+) -> tuple[Resolved, list[FragmentFacts]]:
+    """Passages, which of them count, and the precision of the encoder; what is known of each fragment then.
+
+    Raises:
+        LeaseHeld, StoreUnsuitable: as `execute`.
+    """
+    store.probe()
+    run = Run(plan.resolved, origin, store, session, reporter, new_run_id(plan.resolved.pipeline.name))
+    with acquire(store, plan.resolved.pipeline.name, run.run_id):
+        return run.prepare()
 
 
 def tune(
@@ -181,7 +214,14 @@ class Run:
     """One execution. Each stage method does what is missing of its stage and enters it in the ledger."""
 
     def __init__(
-        self, resolved: Resolved, origin: Origin, store: Store, session: Session, reporter: Reporter, run_id: str
+        self,
+        resolved: Resolved,
+        origin: Origin,
+        store: Store,
+        session: Session,
+        reporter: Reporter,
+        run_id: str,
+        part: Part | None = None,
     ) -> None:
         self.resolved = resolved
         self.run_id = run_id
@@ -189,6 +229,7 @@ class Run:
         self._store = store
         self._session = session
         self._reporter = reporter
+        self._part = part
         self._catalog = Catalog(store, resolved.pipeline.name)
         self._entries: list[StageEntry] = []
         self._agreement: dict[str, Any] | None = None
@@ -202,6 +243,7 @@ class Run:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "pipeline": resolved.pipeline.model_dump(mode="json"),
             "parameters": resolved.parameters,
+            **({"part_of": part.of} if part else {}),
         }
 
     def execute(self, lease: Lease, head: int) -> Report:
@@ -236,11 +278,16 @@ class Run:
         embedded = self._vectors()[0]
         return Deduplicating(self._session, self._store, self._reporter, self.resolved, embedded).curve()
 
-    def _vectors(self) -> tuple[Embedded, list[Receipt]]:
+    def prepare(self) -> tuple[Resolved, list[FragmentFacts]]:
+        """The stages before vectors, and the choice of a precision; the facts of all fragments."""
         self._write_stage_record(PASSAGES, self.resolved.stage_fingerprint(PASSAGES))
         self._passages()
         facts = self._selection()
         self._decide_precision(facts)
+        return self.resolved, facts
+
+    def _vectors(self) -> tuple[Embedded, list[Receipt]]:
+        facts = self._taken(self.prepare()[1])
         embedded = embedded_of(self.resolved, facts)
         if self.resolved.index_chosen:
             check_trainable(self.resolved, embedded.rows, self._origin)
@@ -315,11 +362,16 @@ class Run:
                     advance(1, f"{passages:,} passages")
         self._passage_work = _entry(PASSAGES, works, len(resolved.fragments), started)
 
+    def _taken(self, facts: list[FragmentFacts]) -> list[FragmentFacts]:
+        """Those of the part, where a part is asked for."""
+        return [fact for fact in facts if self._part is None or fact.passages in self._part.fragments]
+
     def _selection(self) -> list[FragmentFacts]:
         started = time.monotonic()
-        facts = read_facts(self._store, self.resolved.selection_fingerprint)
-        if facts is None:
-            facts = self._select()
+        known = read_facts(self._store, self.resolved.selection_fingerprint)
+        if known is None:
+            known = self._select()
+        facts = self._taken(known)  # which the ledger counts
         dropped = merge_reasons([fact.dropped for fact in facts])
         documents_in, documents_out = (
             sum(fact.documents_in for fact in facts),
@@ -347,7 +399,7 @@ class Run:
                 f"none of {documents_in} documents gave a passage ({dropped or 'no rows'}): there is nothing to index"
             )
             raise PipelineFileInvalid([self._origin.problem("documents", rule)])
-        return facts
+        return known
 
     def _select(self) -> list[FragmentFacts]:
         """Join over all fragments, then write the facts per fragment: the sign that selection is done."""
@@ -558,6 +610,7 @@ class Run:
             lineage = write_lineage(self._store, folder, self.resolved, chain)
             placed = Placed(shards, files.files, lineage)
             made = make_manifest(self.resolved, chain, self.run_id, placed, evaluation, checks, self._entries)
+            made |= {"part_of": self._part.of} if self._part else {}
             manifest = publish_manifest(self._catalog, made)
         write_ledger(self._store, self.run_id, self._entries)
         status, entry, notes = self._promote(lease, head, chain.version, checks)
@@ -586,7 +639,7 @@ class Run:
             return Status.GATE_FAILED, None, ()
         if alias is None:
             return Status.UNPUBLISHED, None, ()
-        moves, note = alias_moves(self.resolved.pipeline, self._catalog, version)
+        moves, note = alias_moves(self.resolved, self._catalog, version)
         if not moves:
             return Status.PUBLISHED, self._catalog.alias(alias), (note,) if note else ()
         lease.check()

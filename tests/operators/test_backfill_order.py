@@ -48,12 +48,12 @@ def test_the_order_does_not_depend_on_how_rows_lie() -> None:
     np.testing.assert_array_equal(backfill_order(Priorities(hashes)), np.argsort(hashes))
 
 
-def test_fragments_with_more_traffic_per_row_come_first() -> None:
-    fragments = np.array([0, 0, 0, 1, 1, 2, 2, 3])
-    traffic = np.array([0, 0, 9, 4, 4, 0, 0, 0])
-    order = backfill_order(Priorities(np.array([7, 6, 5, 4, 3, 2, 1, 0], np.uint64), traffic))
-    assert fragment_order(order, fragments, traffic).tolist() == [1, 0, 3, 2]
-    assert fragment_order(np.arange(8)[::-1], fragments).tolist() == [3, 2, 1, 0]
+def test_fragments_go_by_traffic_per_row_then_occurrences_then_residuals() -> None:
+    rows, traffic = np.array([3, 2, 2, 1]), np.array([9, 8, 0, 0])
+    assert fragment_order(rows, traffic).tolist() == [1, 0, 2, 3]
+    assert fragment_order(rows, traffic, occurrences=np.array([0, 0, 4, 3])).tolist() == [1, 0, 3, 2]
+    assert fragment_order(rows, residuals=np.array([0.1, np.nan, 0.3, 0.2])).tolist() == [2, 3, 0, 1]
+    assert fragment_order(rows).tolist() == [0, 1, 2, 3]
 
 
 def test_a_query_log_counts_what_it_finds() -> None:
@@ -98,7 +98,8 @@ def test_only_a_fall_beyond_doubt_stops_the_backfill() -> None:
         (lambda: Priorities(_hashes(1), np.ones(3)), r"traffic \(shape \(3,\)\) must have a value for each of the 60"),
         (lambda: Priorities(_hashes(1), np.full(60, -1)), r"traffic of row 0 \(-1\) must be finite and not negative"),
         (lambda: Priorities(_hashes(1), residuals=np.ones(3)), r"residuals \(shape \(3,\)\)"),
-        (lambda: fragment_order(np.arange(3), np.array([0, 2, 2])), r"fragments \(3 rows, 1 numbers without any\)"),
+        (lambda: fragment_order(np.array([2, 0])), r"rows of fragment 1 \(0\) must be at least 1"),
+        (lambda: fragment_order(np.array([2, 1]), np.ones(3)), r"traffic \(3\) must have a figure for each of the 2"),
         (lambda: log_traffic(np.zeros((2, 3)), np.ones(3), 5), r"asked \(shape \(3,\)\) must count each of the 2"),
         (lambda: adapter_residuals(np.ones((2, 3)), np.ones((2, 4))), r"adapted vectors \(shape \(2, 3\)\)"),
         (lambda: area_under_quality(np.array([0, 0.5]), np.ones(2)), r"shares \(\[0.  0.5\]\) must ascend from 0 to 1"),
