@@ -25,6 +25,7 @@ from penstock.operators.indexing import Family, Metric, open_shard
 from penstock.operators.routing import Router
 from penstock.operators.searching import ShardSearcher, open_vectors
 from penstock.operators.transforms import Chain
+from penstock.operators.vector_store import StoredVectors
 
 _faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
 
@@ -97,6 +98,16 @@ def open_searcher(
         searcher = ShardSearcher(index, ids, vectors, metric, shard.shard, chain)
         weakref.finalize(searcher, files.pop_all().close)
     return searcher
+
+
+def open_stored(store: Store, shard: ShardRecord) -> StoredVectors | None:
+    """The shard's vectors as stored for re-ranking, memory-mapped; None where none are."""
+    if all(record.name != shard_file(shard.shard, VECTORS) for record in shard.files):
+        return None
+    with ExitStack() as files:
+        vectors = open_vectors(files.enter_context(hold_file(store, shard.folder, _record(shard, VECTORS))))
+        weakref.finalize(vectors, files.pop_all().close)
+    return vectors
 
 
 def open_rows(store: Store, shard: ShardRecord) -> pa.Table:

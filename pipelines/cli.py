@@ -28,6 +28,8 @@ from penstock.operators.encoder_worker import EncoderFails
 from penstock.operators.encoding import ModelMismatch, TextRefused
 from penstock.operators.filtering import parse_where
 from penstock.operators.models import ModelUnavailable
+from penstock.pipelines.backfilling import BackfillStopped
+from penstock.pipelines.canary import canary_page
 from penstock.pipelines.cleanup import DEFAULT_GRACE_HOURS, GraceTooShort, collect_garbage
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.diffing import compare
@@ -52,9 +54,11 @@ from penstock.pipelines.reporting import (
     records_table,
     report_view,
     tuning_view,
+    upgrade_view,
     with_duplicates,
 )
 from penstock.pipelines.tuning import unmet
+from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -80,6 +84,8 @@ EXIT_CODES: dict[type[BaseException], int] = {
     LeaseHeld: EXIT_BUSY,
     LeaseLost: EXIT_CONFLICT,
     PublishConflict: EXIT_CONFLICT,
+    NothingToUpgrade: EXIT_INVALID,
+    BackfillStopped: EXIT_GATE,
     AlreadyExists: EXIT_CONFLICT,
     ModelMismatch: EXIT_FAILED,
     EncoderFails: EXIT_FAILED,
@@ -176,6 +182,28 @@ def tune(
     if not record["met"]:
         sys.stderr.write(f"{unmet(record)}\n")
         raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def upgrade(
+    file: File,
+    model: Annotated[str | None, typer.Option(help="The new model; without it, upgrade.model of the file.")] = None,
+    until: Annotated[UpgradeStep, typer.Option(help="The last step to do; the next call goes on from there.")] = (
+        UpgradeStep.FLIP
+    ),
+    max_workers: Annotated[int | None, typer.Option(min=1, help="Encoder workers at most.")] = None,
+    window: Annotated[str | None, typer.Option(help="Local time of day in which to embed, as in 01:00-06:00.")] = None,
+    set_: Overrides = None,
+    page: Annotated[Path | None, typer.Option(help="Show the comparison of the models in this HTML file.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Move an index to another model while it is searched: plan, canary, bridge, backfill, flip."""
+    given = {"upgrade.max_workers": max_workers, "upgrade.window": window}
+    overrides = [*(set_ or ()), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
+    record = Pipeline.load(file, overrides).upgrade(choose_reporter(json_), model, until)
+    if page is not None and "canary" in record:
+        page.write_text(canary_page(record["canary"]), "utf-8")
+    _output(json_, {"event": "upgrade", **record}, lambda: print_view(upgrade_view(record)))
 
 
 @app.command("dedup-curve")

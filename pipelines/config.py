@@ -465,6 +465,9 @@ class Upgrade(Section):
     )
     sample: Count = Field(4_000, description="Passages that are embedded with both models to compare them.")
     recovery: Share = Field(0.9, description="Share of the old model's quality that an adapter must keep.")
+    tolerance: Share = Field(
+        0.0, description="Share of the old version's quality that may go; the rest must stay, by confidence interval."
+    )
     queries: QueryMode = Field(
         QueryMode.BOTH,
         description="both: queries are encoded with both models while both are live; bridge: with the new one, "

@@ -13,9 +13,17 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
-from penstock.pipelines.planning import Plan, alias_head, make_plan, resolve
+from penstock.pipelines.planning import Plan, alias_head, decided_before, make_plan, resolve
 from penstock.pipelines.progress import Reporter, SilentReporter
 from penstock.pipelines.running import Report, curve_of_duplicates, execute, tune
+from penstock.pipelines.upgrading import (
+    Upgrading,
+    UpgradeStep,
+    base_of,
+    old_pipeline,
+    refuse_same_space,
+    with_model,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,32 @@ class Pipeline:
         plan = make_plan(resolve(self.config, self.origin), store, 0)
         with _stop_on_sigterm(), Session() as session:
             return tune(plan, self.origin, store, session, reporter or SilentReporter(), exhaustive)
+
+    def upgrade(
+        self, reporter: Reporter | None = None, model: str | None = None, until: UpgradeStep = UpgradeStep.FLIP
+    ) -> dict[str, Any]:
+        """Move the index to another model while it is searched, up to a step; what was done before is not done again.
+
+        Args:
+            model: the new model; without it, the one of the section `upgrade`, or the file's own where the published
+            version has another.
+
+        Raises:
+            NothingToUpgrade: no version is published, or it is of the new model's space.
+            BackfillStopped: answers became worse than before.
+            As `run` otherwise.
+        """
+        store = self.store
+        base = base_of(store, self.config)
+        new = with_model(self.config, model)
+        plan = make_plan(resolve(new, self.origin), store, alias_head(new, store))
+        old = resolve(old_pipeline(store, self.config, base), self.origin)
+        refuse_same_space(base, plan.resolved)
+        with _stop_on_sigterm(), Session() as session:
+            upgrading = Upgrading(
+                session, store, reporter or SilentReporter(), self.origin, base, decided_before(old, store), plan
+            )
+            return upgrading.run(until)
 
     def dedup_curve(self, reporter: Reporter | None = None) -> dict[str, Any]:
         """What each threshold of `deduplicate.similarity` would remove, embedding first what is not embedded.

@@ -181,6 +181,20 @@ def prepare(
         return run.prepare()
 
 
+def embed_part(
+    plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter, part: Part
+) -> StageEntry:
+    """The vectors of a part that are missing, and what making them took.
+
+    Raises:
+        LeaseHeld, StoreUnsuitable: as `execute`.
+    """
+    store.probe()
+    run = Run(plan.resolved, origin, store, session, reporter, new_run_id(plan.resolved.pipeline.name), part)
+    with acquire(store, plan.resolved.pipeline.name, run.run_id):
+        return run.embed()
+
+
 def tune(
     plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter, exhaustive: bool
 ) -> dict[str, Any]:
@@ -285,6 +299,13 @@ class Run:
         facts = self._selection()
         self._decide_precision(facts)
         return self.resolved, facts
+
+    def embed(self) -> StageEntry:
+        """All stages that end with vectors; the entry of the last."""
+        embedded = embedded_of(self.resolved, self._taken(self.prepare()[1]))
+        self._write_stage_record(EMBEDDINGS, embedded.embeddings_fingerprint)
+        self._embeddings(embedded)
+        return self._entries[-1]
 
     def _vectors(self) -> tuple[Embedded, list[Receipt]]:
         facts = self._taken(self.prepare()[1])

@@ -37,7 +37,14 @@ class DailyWindow:
         """0 while it is open; else how long until it opens next."""
         if self.is_open(now):
             return 0.0
-        opens = datetime.combine(now.date(), self.start, now.tzinfo)
-        if opens <= now:
-            opens += timedelta(days=1)
-        return (opens - now).total_seconds()
+        return _seconds_until(self.start, now)
+
+    def seconds_until_closed(self, now: datetime) -> float:
+        """How long it stays open from now on; 0 while it is closed, a day at most."""
+        return _seconds_until(self.end, now) if self.is_open(now) else 0.0
+
+
+def _seconds_until(clock: time, now: datetime) -> float:
+    """To the next time that clocks show this, which is not now."""
+    then = datetime.combine(now.date(), clock, now.tzinfo)
+    return ((then if then > now else then + timedelta(days=1)) - now).total_seconds()

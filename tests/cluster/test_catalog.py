@@ -169,3 +169,23 @@ def test_of_racing_publishers_exactly_one_gets_each_number(store: Store, racers:
     won = racers.starmap(_publish_rounds, [(store, racer, rounds) for racer in range(RACERS)], chunksize=1)
     assert sorted(number for numbers in won for number in numbers) == list(range(1, rounds + 1))
     assert [entry.number for entry in Catalog(store, "wiki").history("live")] == list(range(1, rounds + 1))
+
+
+def test_a_rollback_passes_over_the_versions_of_a_backfill(store: Store) -> None:
+    catalog = published(store, "v1", "v2", "v3", "v4")
+    point(catalog, "v1")
+    for version in ("v2", "v3"):
+        catalog.move("live", version, expected=None, run_id="r", reason="backfill")
+    assert undo_stack(catalog.history("live")) == ["v1", "v3"]
+    catalog.move("live", "v4", expected=None, run_id="r", reason="upgrade")
+    assert catalog.rollback("live", "r").version == "v1"
+
+
+def test_a_rollback_ends_a_backfill(store: Store) -> None:
+    catalog = published(store, "v1", "v2", "v3")
+    point(catalog, "v1")
+    for version in ("v2", "v3"):
+        catalog.move("live", version, expected=None, run_id="r", reason="backfill")
+    assert catalog.rollback("live", "r").version == "v1"
+    with pytest.raises(ValueError, match="earlier published version"):
+        catalog.rollback("live", "r")

@@ -1,0 +1,99 @@
+"""What an upgrade will take: rows and tokens to embed, worker-hours, money, when it ends, and storage meanwhile."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from penstock.pipelines.config import Prices
+from penstock.pipelines.planning import FragmentFacts
+from penstock.pipelines.window import DailyWindow
+
+HOURS_PER_MONTH = 730.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast one encoder worker was, measured on a sample of the corpus, and how many there are."""
+
+    tokens_per_s: float
+    workers: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Bytes that are there beside the old version until clean-up takes that: vectors, and the index over them."""
+
+    vectors: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is left to do, and what it takes. Times are those of embedding; cutting and building are not in them."""
+
+    rows: int
+    rows_to_embed: int
+    tokens_to_embed: int
+    tokens_per_s_per_worker: float
+    workers: int
+    worker_hours: float
+    hours: float
+    finishes: str
+    cost: float
+    overlap_bytes: int
+    overlap_cost: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(
+    facts: Sequence[FragmentFacts],
+    done: frozenset[str],
+    pace: Pace,
+    overlap: Overlap,
+    prices: Prices,
+    window: DailyWindow | None,
+    now: datetime,
+) -> Forecast:
+    """The forecast for the fragments of a corpus.
+
+    Args:
+        done: passages fragments whose vectors are there.
+        overlap: for the whole corpus.
+        now: local time.
+    """
+    kept = [fact for fact in facts if fact.kept]
+    todo = [fact for fact in kept if fact.passages not in done]
+    tokens = sum(fact.tokens for fact in todo)
+    worker_hours = tokens / pace.tokens_per_s / 3600 if tokens else 0.0
+    busy = timedelta(hours=worker_hours / pace.workers)
+    end = finish(now, busy, window)
+    hours = (end - now).total_seconds() / 3600
+    stored = overlap.vectors + overlap.index
+    return Forecast(
+        rows=sum(fact.kept for fact in kept),
+        rows_to_embed=sum(fact.kept for fact in todo),
+        tokens_to_embed=tokens,
+        tokens_per_s_per_worker=round(pace.tokens_per_s, 1),
+        workers=pace.workers,
+        worker_hours=round(worker_hours, 3),
+        hours=round(hours, 3),
+        finishes=end.isoformat(timespec="minutes"),
+        cost=round(worker_hours * prices.worker_hour, 2),
+        overlap_bytes=stored,
+        overlap_cost=round(stored / 1e9 * prices.gb_month * hours / HOURS_PER_MONTH, 2),
+    )
+
+
+def finish(now: datetime, busy: timedelta, window: DailyWindow | None) -> datetime:
+    """When work of some length ends that runs only while the window is open."""
+    if window is None:
+        return now + busy
+    while True:
+        now += timedelta(seconds=window.seconds_until_open(now))
+        left = timedelta(seconds=window.seconds_until_closed(now))
+        if busy <= left:
+            return now + busy
+        busy, now = busy - left, now + left

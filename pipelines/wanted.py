@@ -1,0 +1,125 @@
+"""Which documents of a published version are asked for, and which are among the neighbours of many: by searching it."""
+
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.jobs.evaluation import QueriesInvalid
+from penstock.cluster.node import connect
+from penstock.cluster.published import open_stored
+from penstock.pipelines.planning import split_path
+from penstock.pipelines.publishing import shards_of
+from penstock.pipelines.reader import OpenIndex
+
+MOST_LOGGED = 10_000  # the queries that are asked most stand for the others
+HUB_QUERIES = 1_000
+BATCH_QUERIES = 500
+K = 10
+
+
+@dataclass(frozen=True)
+class WantedTask:
+    """What to search a version for: the queries of a log (JSONL: text, and count if not 1), or a sample of its own
+    vectors where there is none."""
+
+    root: str
+    index: str
+    version: str
+    log: str | None
+    trust_remote_code: bool
+
+
+def wanted_documents(task: WantedTask) -> dict[str, float]:
+    """How often each document is among the ten nearest: counted by how often queries of the log were asked, or once
+    for each passage of the sample, which does not count itself. Memory: the open index, and a document for each answer.
+
+    Raises:
+        QueriesInvalid: a log that is none.
+    """
+    catalog = Catalog(connect(task.root), task.index)
+    manifest = catalog.manifest(task.version)
+    with OpenIndex(catalog, task.version, manifest, task.trust_remote_code) as index:
+        if task.log is not None:
+            return _asked(index, most_asked(task.log))
+        return _near(index, sampled_vectors(catalog, manifest, HUB_QUERIES))
+
+
+def most_asked(path: str, most: int = MOST_LOGGED) -> dict[str, float]:
+    """Text → how often it was asked, of the queries that were asked most. Memory: each text of the log once.
+
+    Raises:
+        QueriesInvalid: a line that is no query, or no query at all.
+    """
+    counts: Counter[str] = Counter()
+    for number, line in enumerate(_lines(path), 1):
+        text, count = _logged(path, number, line)
+        counts[text] += count
+    if not counts:
+        raise QueriesInvalid(f"upgrade.log ({path}) must hold queries, it holds none; leave it out")
+    return dict(heapq.nlargest(most, counts.items(), key=lambda one: (one[1], one[0])))
+
+
+def sampled_vectors(catalog: Catalog, manifest: dict[str, Any], count: int) -> np.ndarray:
+    """Stored vectors float32 (n, d), spread over the shards; none where the version stores none. Rows lie in the order
+    of a hash: the first are a random sample."""
+    shards = shards_of(manifest, catalog.version_folder(manifest["version"]))
+    each = -(-count // len(shards))
+    parts = []
+    for shard in shards:
+        stored = open_stored(catalog.store, shard)
+        if stored is not None:
+            parts.append(stored.take(np.arange(min(each, len(stored)))))
+    return np.concatenate(parts)[:count] if parts else np.empty((0, int(manifest["dimension"])), np.float32)
+
+
+def _asked(index: OpenIndex, queries: dict[str, float]) -> dict[str, float]:
+    found: Counter[str] = Counter()
+    texts = list(queries)
+    for start in range(0, len(texts), BATCH_QUERIES):
+        batch = texts[start : start + BATCH_QUERIES]
+        for text, table in zip(batch, index.search(batch, K, rows=True).rows or [], strict=True):
+            for document in set(table.column("document_id").to_pylist()):
+                found[document] += queries[text]
+    return dict(found)
+
+
+def _near(index: OpenIndex, vectors: np.ndarray) -> dict[str, float]:
+    found: Counter[str] = Counter()
+    for start in range(0, len(vectors), BATCH_QUERIES):
+        for table in index.search(vectors[start : start + BATCH_QUERIES], K + 1, rows=True).rows or []:
+            found.update(table.column("document_id").to_pylist()[1:])  # the first is the passage itself
+    return {document: float(count) for document, count in found.items()}
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    store, name = split_path(path)
+    with store.open(name) as stream:
+        rest = b""
+        while block := bytes(stream.read(1 << 20)):
+            *lines, rest = (rest + block).split(b"\n")
+            yield from (line for line in lines if line.strip())
+        if rest.strip():
+            yield rest
+
+
+def _logged(path: str, number: int, line: bytes) -> tuple[str, float]:
+    try:
+        record = json.loads(line)
+        text, count = record["text"], record.get("count", 1)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        name = PurePosixPath(path).name
+        raise QueriesInvalid(
+            f'{name}, line {number}: must be a JSON object with a "text"; mend or remove it'
+        ) from error
+    if not isinstance(text, str) or not isinstance(count, int | float) or isinstance(count, bool) or not count >= 0:
+        raise QueriesInvalid(
+            f"{path}, line {number}: text must be a text and count ({count!r}) a number that is not negative"
+        )
+    return text, float(count)
