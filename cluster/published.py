@@ -110,6 +110,11 @@ def open_stored(store: Store, shard: ShardRecord) -> StoredVectors | None:
     return vectors
 
 
+def open_ids(store: Store, shard: ShardRecord) -> pa.Table:
+    """The passage ids (id) of the shard's rows, memory-mapped."""
+    return _open_kind(store, shard, IDS)
+
+
 def open_rows(store: Store, shard: ShardRecord) -> pa.Table:
     """The shard's rows (document_id, start, end, text, kept columns), memory-mapped."""
     return _open_kind(store, shard, ROWS)

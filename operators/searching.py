@@ -105,6 +105,11 @@ class ShardSearcher:
             distances, rows = search_cells(self._index, probes, fetched)
         return self._hits(len(queries), k, self._compared(asked, distances, rows, k))
 
+    @property
+    def vectors(self) -> StoredVectors | None:
+        """The original vectors by row, where they are stored."""
+        return self._vectors
+
     def own_ids(self, ids: Sequence[str]) -> frozenset[str]:
         """Those of the ids that are of rows of this shard."""
         return self._ids.own(ids)

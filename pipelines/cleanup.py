@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.leases import acquire
 from penstock.cluster.storage import ObjectInfo, Store
 from penstock.pipelines.history import new_run_id, read_run, run_ids
+from penstock.pipelines.mixed_format import MixedParts, is_mixed, parts_of
 from penstock.pipelines.planning import ENCODED
 from penstock.pipelines.publishing import LINEAGE
 
@@ -39,7 +41,8 @@ def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run:
     """Remove what no kept version needs and is older than the grace period, by the store's clock.
 
     Kept are, for each index, the versions that aliases point to, and the newest `keep` that passed their gate
-    (None: as many as the index's last run asked for).
+    (None: as many as the index's last run asked for); of a mixed version those that it consists of too. Mixed versions
+    and those of a part of the corpus that they consist of are not counted: they were steps on the way to others.
     Holds the lease of every index meanwhile, so that no run is under way.
 
     Raises:
@@ -74,7 +77,7 @@ def _is_aliased(store: Store, removal: Removal) -> bool:
         return False
     index, version = removal.version
     catalog = Catalog(store, index)
-    return any(entry.version == version for name in catalog.aliases() if (entry := catalog.alias(name)))
+    return version in _with_parts(catalog, _heads(catalog))
 
 
 def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetime) -> Iterator[Removal]:
@@ -84,7 +87,8 @@ def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetim
         kept = _kept_versions(store, catalog, index, keep)
         for version in kept:
             _add_lineage(store, catalog, version, needed)
-        for version in sorted(store.folders(f"indexes/{index}/versions") - kept):
+        # Mixed ones first: cut short, clean-up leaves none whose parts are gone.
+        for version in sorted(store.folders(f"indexes/{index}/versions") - kept, key=partial(_mixed_first, catalog)):
             objects = list(store.list(catalog.version_folder(version)))
             if objects and max(info.modified for info in objects) < limit:
                 yield replace(_removal(f"version {index}/{version}", objects), version=(index, version))
@@ -95,10 +99,31 @@ def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetim
 def _kept_versions(store: Store, catalog: Catalog, index: str, keep: int | None) -> set[str]:
     """What aliases point to, the newest versions that passed their gate, and the newest of all, for people to look
     at."""
-    heads = {entry.version for alias in catalog.aliases() if (entry := catalog.alias(alias))}
     versions = catalog.versions()
-    passed = [version for version in versions if all(check["passed"] for check in catalog.manifest(version)["gate"])]
-    return heads | set(passed[-(keep or _stated_keep(store, index)) :]) | set(versions[-1:])
+    manifests = {version: catalog.manifest(version) for version in versions}
+    steps = {version for version, manifest in manifests.items() if is_mixed(manifest)}
+    steps |= {str(MixedParts.of(manifests[version]).new) for version in steps}
+    passed = [
+        version
+        for version, manifest in manifests.items()
+        if version not in steps and all(check["passed"] for check in manifest["gate"])
+    ]
+    kept = _heads(catalog) | set(passed[-(keep or _stated_keep(store, index)) :]) | set(versions[-1:])
+    return _with_parts(catalog, kept)
+
+
+def _heads(catalog: Catalog) -> set[str]:
+    return {entry.version for alias in catalog.aliases() if (entry := catalog.alias(alias))}
+
+
+def _with_parts(catalog: Catalog, versions: set[str]) -> set[str]:
+    """The versions, and those that mixed ones among them consist of."""
+    return versions.union(*(parts_of(catalog.manifest(version)) for version in versions))
+
+
+def _mixed_first(catalog: Catalog, version: str) -> tuple[bool, str]:
+    """Sorts versions; a folder without a manifest is none that others consist of."""
+    return not (catalog.has_manifest(version) and is_mixed(catalog.manifest(version))), version
 
 
 def _stated_keep(store: Store, index: str) -> int:
@@ -111,8 +136,10 @@ def _stated_keep(store: Store, index: str) -> int:
 
 
 def _add_lineage(store: Store, catalog: Catalog, version: str, needed: dict[tuple[str, str], set[str]]) -> None:
-    lineage = catalog.manifest(version)["lineage"]
-    stages = lineage["stages"]
+    manifest = catalog.manifest(version)
+    if is_mixed(manifest):
+        return  # which has that of its parts, and these are kept with it
+    stages = manifest["lineage"]["stages"]
     table = pq.read_table(io.BytesIO(store.read(f"{catalog.version_folder(version)}/{LINEAGE}")))
     folders = {PASSAGES: PASSAGES, EMBEDDINGS: EMBEDDINGS, ENCODED: EMBEDDINGS}
     for stage in folders.keys() & stages.keys():

@@ -23,6 +23,7 @@ from penstock.cluster.leases import LeaseHeld, LeaseLost
 from penstock.cluster.session import Session, WorkFailed
 from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store, StoreUnsuitable, open_store
 from penstock.operators.agreement import VectorsDisagree
+from penstock.operators.bridging import WrongSpace
 from penstock.operators.encoder_process import EncoderCrashed
 from penstock.operators.encoder_worker import EncoderFails
 from penstock.operators.encoding import ModelMismatch, TextRefused
@@ -36,6 +37,8 @@ from penstock.pipelines.diffing import compare
 from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
 from penstock.pipelines.ledger import LedgerDisagrees
 from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.mixed import BridgeUnfit
+from penstock.pipelines.mixed_format import MixedUnsupported, is_mixed
 from penstock.pipelines.pages import pairs_page
 from penstock.pipelines.pipeline import Pipeline
 from penstock.pipelines.plots import curve_svg, tuning_svg
@@ -87,7 +90,10 @@ EXIT_CODES: dict[type[BaseException], int] = {
     NothingToUpgrade: EXIT_INVALID,
     BackfillStopped: EXIT_GATE,
     AlreadyExists: EXIT_CONFLICT,
+    BridgeUnfit: EXIT_INVALID,
+    MixedUnsupported: EXIT_INVALID,
     ModelMismatch: EXIT_FAILED,
+    WrongSpace: EXIT_FAILED,
     EncoderFails: EXIT_FAILED,
     EncoderCrashed: EXIT_FAILED,
     RowsLost: EXIT_FAILED,
@@ -438,7 +444,7 @@ def _version(index: str, version: str, manifest: dict[str, Any], aliases: list[s
         "version": version,
         "aliases": ", ".join(aliases),
         "rows": manifest["rows"],
-        "recall": round(manifest["evaluation"]["recall"], 4),
+        "recall": None if is_mixed(manifest) else round(manifest["evaluation"]["recall"], 4),
         "bytes_per_vector": manifest["bytes_per_vector"],
         "gate": f"failed: {', '.join(missed)}" if missed else "passed" if manifest["gate"] else "none",
         "run_id": manifest["run_id"],

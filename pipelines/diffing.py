@@ -12,6 +12,7 @@ from penstock.cluster.published import open_rows
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.comparing import DocumentChanges, neighbour_churn
+from penstock.pipelines.mixed_format import refuse_mixed
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import how_built, shards_of
 from penstock.pipelines.reader import OpenIndex
@@ -48,8 +49,11 @@ def compare(
 
     Raises:
         ModelMismatch, ModelUnavailable: a version's model is not at hand.
+        MixedUnsupported: a version is mixed of others.
     """
     manifests = {version: catalog.manifest(version) for version in (old, new)}
+    for manifest in manifests.values():
+        refuse_mixed(manifest, "compare")
     changes = _documents(store, catalog, manifests[old], manifests[new], session, reporter)
     with reporter.stage("answers", 2, "versions") as advance:
         queries = _sample(store, catalog, manifests[new])

@@ -3,11 +3,11 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +60,8 @@ class Found:
         coverage: what was searched; less than everything only where `degraded` was asked for.
         rows: for each query a table of the found rows (id, similarity, document_id, start, end, text, kept columns),
         if asked for.
+        ranks_fused: whether passages of two vector spaces were ordered by their ranks in each, where there are no
+        similarities: these are NaN, in `rows` null.
     """
 
     ids: np.ndarray
@@ -67,14 +69,16 @@ class Found:
     version: str
     coverage: Coverage = field(default_factory=Coverage)
     rows: list[pa.Table] | None = None
+    ranks_fused: bool = False
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a version, besides the queries; see `OpenIndex.search`."""
+    """What is asked of a version, besides the queries; see `OpenIndex.search`. Without `parameters` a version takes its
+    own operating point."""
 
     k: int
-    parameters: SearchParameters
+    parameters: SearchParameters | None
     rows: bool
     where: tuple[Condition, ...]
     degraded: bool
@@ -124,6 +128,50 @@ class Maybe(Generic[T]):
     value: T | None
 
 
+@dataclass(frozen=True, eq=False)
+class LiveRows:
+    """Which rows of a version count, where another version has taken some over.
+
+    Attributes:
+        counts: live rows by the number of the shard.
+        masks: bool (rows,), True for live ones, of the shards that have others.
+    """
+
+    counts: Mapping[int, int]
+    masks: Mapping[int, Lazily[np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """What the shards of a version answered.
+
+    Attributes:
+        rows: those that count of each shard, by its number.
+        needed: bool (q, shards), which shards the queries need, in the order of `rows`.
+        hits: of all queries, by the number of the shard, but for shards that a degraded search has to do without.
+    """
+
+    rows: Mapping[int, int]
+    needed: np.ndarray
+    hits: dict[int, Hits]
+
+    def coverage(self, answering: Container[int]) -> Coverage:
+        """What was searched where only some shards could answer."""
+        rows = np.array(list(self.rows.values()), np.int64)
+        searched = np.array([number in answering for number in self.rows], bool)
+        missing = [number for number, lost in zip(self.rows, self.needed.any(axis=0) & ~searched, strict=True) if lost]
+        whole, part = int((self.needed @ rows).sum()), int((self.needed @ (rows * searched)).sum())
+        return Coverage(part / whole if whole else 1.0, tuple(missing))
+
+    def renumbered(self, first: int) -> "Searched":
+        """The same with numbers of shards that begin at `first`."""
+        hits = {
+            number + first: replace(hits, shards=np.where(hits.shards >= 0, hits.shards + np.int32(first), hits.shards))
+            for number, hits in self.hits.items()
+        }
+        return Searched({number + first: rows for number, rows in self.rows.items()}, self.needed, hits)
+
+
 class ShardRows:
     """The rows of a shard, and which of them the last few filters allow."""
 
@@ -148,15 +196,25 @@ class OpenShard:
         self.rows = Lazily(what, lambda: ShardRows(open_rows(store, record)))
         self.duplicates = Lazily(what, partial(open_duplicates, store, record))
 
-    def search(self, vectors: np.ndarray, request: Request, probes: Probes | None) -> Hits | None:
-        """The hits of the queries (q, d), in given cells or those it finds; None where a degraded search has to do
-        without this shard."""
+    def search(
+        self,
+        vectors: np.ndarray,
+        request: Request,
+        parameters: SearchParameters,
+        probes: Probes | None,
+        live: Lazily[np.ndarray] | None,
+    ) -> Hits | None:
+        """The hits of the queries (q, d), in given cells or those it finds, among the live rows if not all are; None
+        where a degraded search has to do without this shard."""
         searcher = opened(self.searcher, request.degraded)
         rows = opened(self.rows, request.degraded) if request.where else None
-        if searcher is None or (request.where and rows is None):
+        mask = opened(live, request.degraded) if live else None
+        if searcher is None or (request.where and rows is None) or (live and mask is None):
             return None
         allowed = rows.allowed(request.where) if rows else None
-        return searcher.search(vectors, request.k, request.parameters, allowed, probes)
+        if mask is not None:
+            allowed = mask if allowed is None else allowed & mask
+        return searcher.search(vectors, request.k, parameters, allowed, probes)
 
 
 class OpenVersion:
@@ -195,16 +253,51 @@ class OpenVersion:
     def operating_point(self) -> SearchParameters:
         return SearchParameters.from_json(self.manifest["operating_point"]["parameters"])
 
+    @property
+    def parts(self) -> dict[str, "OpenVersion"]:
+        """The versions that are open with this one, which the next may share: itself."""
+        return {self.version: self}
+
+    @property
+    def main(self) -> "OpenVersion":
+        """The version whose shards in use tell which of the next are to be opened first."""
+        return self
+
+    @property
+    def encoders(self) -> tuple[QueryEncoder, ...]:
+        return (self.encoder,)
+
     def search(self, queries: str | Sequence[str] | np.ndarray, request: Request) -> Found:
         """See `OpenIndex.search`."""
-        vectors = self._vectors(queries)
-        routing = self._route(vectors, request)
-        needed = np.ones((len(vectors), len(self.shards)), dtype=bool) if routing is None else routing.shards
-        parts = self._search_shards(vectors, needed, request, routing)
-        hits, rows = self._merge(parts, request)
-        return Found(hits.ids, hits.similarities, self.version, self._coverage(needed, parts), rows)
+        searched = self.find(self.vectors(queries), request)
 
-    def _route(self, vectors: np.ndarray, request: Request) -> Routing | None:
+        def merge(parts: dict[int, Hits]) -> Hits:
+            return merge_hits(list(parts.values()), request.k)
+
+        hits, rows = merge_readable(searched.hits, merge, self.shards, request, self.version)
+        return Found(hits.ids, hits.similarities, self.version, searched.coverage(searched.hits), rows)
+
+    def find(self, vectors: np.ndarray, request: Request, live: LiveRows | None = None) -> Searched:
+        """The hits of each shard for query vectors (q, d), among the live rows if not all are.
+
+        All shards are asked where only some rows may be found, as near cells may hold none of them.
+        """
+        parameters = request.parameters or self.operating_point
+        masks = live.masks if live else {}
+        routing = None if masks else self._route(vectors, request, parameters)
+        counts = live.counts if live else {number: shard.record.rows for number, shard in self.shards.items()}
+        needed = np.ones((len(vectors), len(self.shards)), dtype=bool) if routing is None else routing.shards
+        if masks:
+            needed = needed & (np.array([counts[number] for number in self.shards]) > 0)
+
+        def search(number: int, queries: np.ndarray) -> Hits | None:
+            probes = routing.probes(number, queries) if routing else None
+            hits = self.shards[number].search(vectors[queries], request, parameters, probes, masks.get(number))
+            return None if hits is None else spread_hits(hits, queries, len(vectors))
+
+        return Searched(counts, needed, self._search_shards(search, needed))
+
+    def _route(self, vectors: np.ndarray, request: Request, parameters: SearchParameters) -> Routing | None:
         """Where the queries are answered; None for all shards, as also where a filter may leave near cells empty, and
         where a degraded search has to do without routing."""
         if request.where or len(vectors) == 0:
@@ -213,80 +306,69 @@ class OpenVersion:
         if router is None or router.value is None:
             return None
         refuse_unfit_lengths(vectors, self._metric, "query")
-        return Entrance(self._chain.get().value, router.value).route(vectors, request.parameters)
+        return Entrance(self._chain.get().value, router.value).route(vectors, parameters)
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table:
         """See `OpenIndex.duplicates`."""
-        wanted = pa.array(list(ids), pa.string())
-        links = [shard.duplicates.get() for shard in self.shards.values()]
-        return pa.concat_tables([table.filter(pc.is_in(table.column("represented_by"), wanted)) for table in links])
+        return links_to([shard.duplicates.get() for shard in self.shards.values()], ids)
 
-    def warm(self, before: "OpenVersion") -> None:
+    def warm(self, before: "Opened") -> None:
         """Open what of an earlier version was in use: the shards of the same numbers, or all; the model for texts."""
+        self.warm_shards(before.main)
+        if any(encoder.loaded for encoder in before.encoders):
+            self.encoder.load()
+
+    def warm_shards(self, before: "OpenVersion") -> None:
+        """Open the shards whose like was in use before."""
         for number in self._counterparts(before, [shard.searcher.ready for shard in before.shards.values()]):
             self.shards[number].searcher.get()
         for number in self._counterparts(before, [shard.rows.ready for shard in before.shards.values()]):
             self.shards[number].rows.get()
-        if before.encoder.loaded:
-            self.encoder.load()
 
     def _counterparts(self, before: "OpenVersion", used: list[bool]) -> list[int]:
         if all(used):
             return list(self.shards)
         return [number for number, in_use in zip(before.shards, used, strict=True) if in_use and number in self.shards]
 
-    def _vectors(self, queries: str | Sequence[str] | np.ndarray) -> np.ndarray:
-        if isinstance(queries, np.ndarray):
-            vectors = np.atleast_2d(queries).astype(np.float32)
-            if vectors.shape[1] != self.manifest["dimension"]:
-                raise ValueError(
-                    f"queries of {vectors.shape[1]} dimensions must have the index's {self.manifest['dimension']}; "
-                    f"encode them with {self.manifest['model']['reference']}"
-                )
-        else:
-            vectors = self.encoder.encode([queries] if isinstance(queries, str) else queries)
-        return normalize(vectors) if self._metric is Metric.COSINE else vectors
+    def vectors(self, queries: str | Sequence[str] | np.ndarray) -> np.ndarray:
+        """Query vectors float32 (q, d) in this version's space; of unit length under cosine."""
+        return query_vectors(queries, self.manifest, self.encoder)
 
-    def _search_shards(
-        self, vectors: np.ndarray, needed: np.ndarray, request: Request, routing: Routing | None
-    ) -> dict[int, Hits]:
+    def _search_shards(self, search: Callable[[int, np.ndarray], Hits | None], needed: np.ndarray) -> dict[int, Hits]:
         """Shard number → hits of all queries, but for shards that a degraded search has to do without."""
-
-        def search(number: int, queries: np.ndarray) -> Hits | None:
-            probes = routing.probes(number, queries) if routing else None
-            hits = self.shards[number].search(vectors[queries], request, probes)
-            return None if hits is None else spread_hits(hits, queries, len(vectors))
-
         asked = {number: np.flatnonzero(column) for number, column in zip(self.shards, needed.T, strict=True)}
-        asked = {number: queries for number, queries in asked.items() if len(queries) or len(vectors) == 0}
+        asked = {number: queries for number, queries in asked.items() if len(queries) or len(needed) == 0}
         several = len(asked) > 1
         answers = self.pool.map(search, asked, asked.values()) if several else [search(*one) for one in asked.items()]
         return {number: hits for number, hits in zip(asked, answers, strict=True) if hits is not None}
 
-    def _merge(self, parts: dict[int, Hits], request: Request) -> tuple[Hits, list[pa.Table] | None]:
-        """The best hits of all shards, and their rows if asked for; drops from `parts` shards whose rows are lost."""
-        while parts:
-            hits = merge_hits(list(parts.values()), request.k)
-            if not request.rows:
-                return hits, None
-            numbers = np.unique(hits.shards[hits.shards >= 0]).tolist() or list(parts)[:1]
-            tables = {number: opened(self.shards[number].rows, request.degraded) for number in numbers}
-            found = {number: rows.table for number, rows in tables.items() if rows is not None}
-            if len(found) == len(tables):
-                return hits, [_rows_of(hits, query, found) for query in range(len(hits.ids))]
-            for number in tables.keys() - found.keys():
-                del parts[number]
-        raise DamagedFile(
-            f"version ({self.version}): a degraded search needs one shard at least, got none that can be opened; "
-            "the log says why"
-        )
 
-    def _coverage(self, needed: np.ndarray, parts: dict[int, Hits]) -> Coverage:
-        rows = np.array([shard.record.rows for shard in self.shards.values()])
-        searched = np.array([number in parts for number in self.shards])
-        missing = [number for number, lost in zip(self.shards, needed.any(axis=0) & ~searched, strict=True) if lost]
-        whole, part = int((needed @ rows).sum()), int((needed @ (rows * searched)).sum())
-        return Coverage(part / whole if whole else 1.0, tuple(missing))
+class Opened(Protocol):
+    """An open version, of whatever format, as `OpenIndex` and the version after it use it."""
+
+    manifest: dict[str, Any]
+    encoder: QueryEncoder
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def operating_point(self) -> SearchParameters: ...
+
+    @property
+    def parts(self) -> dict[str, OpenVersion]: ...
+
+    @property
+    def main(self) -> OpenVersion: ...
+
+    @property
+    def encoders(self) -> tuple[QueryEncoder, ...]: ...
+
+    def search(self, queries: str | Sequence[str] | np.ndarray, request: Request) -> Found: ...
+
+    def duplicates(self, ids: Sequence[str]) -> pa.Table: ...
+
+    def warm(self, before: "Opened") -> None: ...
 
 
 def opened(lazily: Lazily[T], degraded: bool) -> T | None:
@@ -294,12 +376,67 @@ def opened(lazily: Lazily[T], degraded: bool) -> T | None:
     return lazily.attempt() if degraded else lazily.get()
 
 
+def query_vectors(
+    queries: str | Sequence[str] | np.ndarray, manifest: Mapping[str, Any], encoder: QueryEncoder
+) -> np.ndarray:
+    """Texts encoded, or vectors (q, d) as float32, as a manifest's metric wants them.
+
+    Raises:
+        ValueError: vectors of another dimension.
+    """
+    if isinstance(queries, np.ndarray):
+        vectors = np.atleast_2d(queries).astype(np.float32)
+        if vectors.shape[1] != manifest["dimension"]:
+            raise ValueError(
+                f"queries of {vectors.shape[1]} dimensions must have the index's {manifest['dimension']}; "
+                f"encode them with {manifest['model']['reference']}"
+            )
+    else:
+        vectors = encoder.encode([queries] if isinstance(queries, str) else queries)
+    return normalize(vectors) if Metric(manifest["metric"]) is Metric.COSINE else vectors
+
+
+def merge_readable(
+    parts: dict[int, Hits],
+    merge: Callable[[dict[int, Hits]], Hits],
+    shards: Mapping[int, OpenShard],
+    request: Request,
+    version: str,
+) -> tuple[Hits, list[pa.Table] | None]:
+    """The best hits of all shards, and their rows if asked for; drops from `parts` shards whose rows are lost.
+
+    Args:
+        merge: of the hits of some shards, by number.
+    """
+    while parts:
+        hits = merge(parts)
+        if not request.rows:
+            return hits, None
+        numbers = np.unique(hits.shards[hits.shards >= 0]).tolist() or list(parts)[:1]
+        tables = {number: opened(shards[number].rows, request.degraded) for number in numbers}
+        found = {number: rows.table for number, rows in tables.items() if rows is not None}
+        if len(found) == len(tables):
+            return hits, [_rows_of(hits, query, found) for query in range(len(hits.ids))]
+        for number in tables.keys() - found.keys():
+            del parts[number]
+    raise DamagedFile(
+        f"version ({version}): a degraded search needs one shard at least, got none that can be opened; "
+        "the log says why"
+    )
+
+
+def links_to(tables: Sequence[pa.Table], ids: Sequence[str]) -> pa.Table:
+    """Of tables of links, those to passages that the ids represent."""
+    wanted = pa.array(list(ids), pa.string())
+    return pa.concat_tables([table.filter(pc.is_in(table.column("represented_by"), wanted)) for table in tables])
+
+
 def _rows_of(hits: Hits, query: int, tables: dict[int, pa.Table]) -> pa.Table:
-    """The found rows of one query, most similar first."""
+    """The found rows of one query, most similar first; columns that only some of the tables have are null in others."""
     found = hits.shards[query] >= 0
     places = zip(hits.shards[query, found].tolist(), hits.rows[query, found].tolist(), strict=True)
     parts = [tables[shard].slice(row, 1) for shard, row in places]
-    table = pa.concat_tables(parts) if parts else next(iter(tables.values())).slice(0, 0)
+    every = pa.concat_tables(parts, promote_options="permissive") if parts else next(iter(tables.values())).slice(0, 0)
     ids = pa.array(hits.ids[query, found], pa.string())
-    near = pa.array(hits.similarities[query, found], pa.float32())
-    return table.drop_columns(["passage_id"]).add_column(0, "id", ids).add_column(1, "similarity", near)
+    near = pa.array(hits.similarities[query, found], pa.float32(), from_pandas=True)
+    return every.drop_columns(["passage_id"]).add_column(0, "id", ids).add_column(1, "similarity", near)

@@ -17,8 +17,8 @@ from penstock.pipelines.planning import Plan, alias_head, decided_before, make_p
 from penstock.pipelines.progress import Reporter, SilentReporter
 from penstock.pipelines.running import Report, curve_of_duplicates, execute, tune
 from penstock.pipelines.upgrading import (
-    Upgrading,
     UpgradeStep,
+    Upgrading,
     base_of,
     old_pipeline,
     refuse_same_space,

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ def files_of(manifest: dict[str, Any]) -> tuple[FileRecord, ...]:
     Raises:
         ValueError: a file name or hash that this format does not have.
     """
-    return tuple(_checked_file(file, set(VERSION_FILES), "a version") for file in manifest.get("files", ()))
+    return tuple(checked_file(file, set(VERSION_FILES), "a version") for file in manifest.get("files", ()))
 
 
 def index_bytes(shards: Sequence[ShardRecord]) -> int:
@@ -205,10 +205,15 @@ def _contents(manifest: dict[str, Any]) -> str:
 
 
 def _checked_shard_file(file: dict[str, Any], shard: int) -> FileRecord:
-    return _checked_file(file, {shard_file(shard, kind) for kind in SHARD_FILE_KINDS}, f"shard {shard}")
+    return checked_file(file, {shard_file(shard, kind) for kind in SHARD_FILE_KINDS}, f"shard {shard}")
 
 
-def _checked_file(file: dict[str, Any], known: set[str], owner: str) -> FileRecord:
+def checked_file(file: Mapping[str, Any], known: set[str], owner: str) -> FileRecord:
+    """A file of a manifest, with a name that is known and a hash that is one.
+
+    Raises:
+        ValueError: another name or hash.
+    """
     record = FileRecord(str(file["name"]), int(file["size_bytes"]), str(file["sha256"]))
     if record.name not in known:
         raise ValueError(

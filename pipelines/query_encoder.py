@@ -20,7 +20,7 @@ class QueryEncoder:
     """Encodes queries as the manifest's `model` says; threads take turns."""
 
     def __init__(self, model: dict[str, Any], trust_remote_code: bool) -> None:
-        self._model = model
+        self.model = model
         self._trust_remote_code = trust_remote_code
         self._lock = threading.Lock()
         self._worker: EncoderWorker | None = None
@@ -47,7 +47,7 @@ class QueryEncoder:
 
     def _loaded(self) -> EncoderWorker:
         if self._worker is None:
-            encoder = query_encoder(self._model, self._trust_remote_code)
+            encoder = query_encoder(self.model, self._trust_remote_code)
             self._worker = EncoderWorker(replace(encoder, batch_tokens=QUERY_BATCH_TOKENS), model_folder(encoder.model))
         return self._worker
 

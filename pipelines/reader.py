@@ -17,8 +17,8 @@ from penstock.cluster.storage import Store, open_store
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.filtering import conditions_of
 from penstock.operators.searching import SearchParameters
-from penstock.pipelines.opened import RETRY_PAUSE_S, Found, OpenVersion, Request
-from penstock.pipelines.query_encoder import QueryEncoder
+from penstock.pipelines.opened import RETRY_PAUSE_S, Found, Opened, Request
+from penstock.pipelines.opening import Opening
 
 FOLLOW_EVERY_S = 10.0  # a look at an alias that has not moved is four small requests
 FEWEST_THREADS = 8  # on few cores too: threads that fetch shards wait for the store
@@ -41,14 +41,14 @@ class OpenIndex:
     """
 
     def __init__(self, catalog: Catalog, alias: str, manifest: dict[str, Any], trust_remote_code: bool = False) -> None:
-        self._catalog, self._alias, self._trust_remote_code = catalog, alias, trust_remote_code
+        self._catalog, self._alias = catalog, alias
         self._refreshing, self._changing = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._with_vectors = False
         self.follow_error: Exception | None = None
-        encoder = QueryEncoder(manifest["model"], trust_remote_code)
         pool = ThreadPoolExecutor(max(FEWEST_THREADS, os.cpu_count() or 1), "penstock-search")
-        self._version: OpenVersion | None = OpenVersion(catalog.store, manifest, encoder, pool)
+        self._opening = Opening(catalog, trust_remote_code, pool)
+        self._version: Opened | None = self._opening.open(manifest)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -105,8 +105,7 @@ class OpenIndex:
         """
         # the reference keeps this version open until all is answered, wherever the alias goes
         version = self._present(with_vectors=isinstance(queries, np.ndarray))
-        point = parameters or version.operating_point
-        return version.search(queries, Request(k, point, rows, conditions_of(where or {}), degraded))
+        return version.search(queries, Request(k, parameters, rows, conditions_of(where or {}), degraded))
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table:
         """The passages that those of `ids` stand for in the index: a table of id, document_id, represented_by, and
@@ -151,7 +150,7 @@ class OpenIndex:
             self._closed.set()
             self._version = None
 
-    def _present(self, with_vectors: bool = False) -> OpenVersion:
+    def _present(self, with_vectors: bool = False) -> Opened:
         """The version that answers; says whether vectors in its space are at hand from now on."""
         with self._changing:
             if self._version is None:
@@ -159,16 +158,13 @@ class OpenIndex:
             self._with_vectors |= with_vectors
             return self._version
 
-    def _opened(self, version: str, present: OpenVersion) -> OpenVersion:
+    def _opened(self, version: str, present: Opened) -> Opened:
         """Another version, with what is in use of the present one."""
-        manifest = self._catalog.manifest(version)
-        same_model = manifest["model"] == present.manifest["model"]
-        encoder = present.encoder if same_model else QueryEncoder(manifest["model"], self._trust_remote_code)
-        new = OpenVersion(self._catalog.store, manifest, encoder, present.pool)
+        new = self._opening.open(self._catalog.manifest(version), present)
         new.warm(present)
         return new
 
-    def _change(self, present: OpenVersion, new: OpenVersion) -> None:
+    def _change(self, present: Opened, new: Opened) -> None:
         with self._changing:
             if self._with_vectors:
                 _refuse_other_space(present, new)
@@ -240,7 +236,7 @@ def _entry_of(catalog: Catalog, alias: str) -> AliasEntry:
     return entry
 
 
-def _refuse_other_space(present: OpenVersion, new: OpenVersion) -> None:
+def _refuse_other_space(present: Opened, new: Opened) -> None:
     """Vectors that were made for one model mean nothing to another."""
     spaces = [version.manifest["model"]["space"] for version in (present, new)]
     if spaces[0] != spaces[1]:

@@ -176,7 +176,8 @@ def answers_view(query: str, rows: pa.Table) -> RenderableType:
     """One query's answers: similarity, id, metadata and a snippet of the text."""
     table = _table("similarity", "id", "metadata", "text", title=escape(f"“{query}”"))
     for row in rows.to_pylist():
-        _row(table, f"{row['similarity']:.4f}", row["id"], metadata_text(row), snippet(row["text"]))
+        near = "" if row["similarity"] is None else f"{row['similarity']:.4f}"
+        _row(table, near, row["id"], metadata_text(row), snippet(row["text"]))
     return table
 
 

@@ -119,7 +119,7 @@ def build_shard(task: ShardTask) -> ShardRecord:
         folder = Path(place)
         rows, bytes_read = _write_rows(task, store, folder)
         duplicates = _write_duplicates(task, store, folder)
-        files = tuple(_upload(store, job.folder, path) for path in sorted(folder.iterdir()))
+        files = tuple(upload_file(store, job.folder, path) for path in sorted(folder.iterdir()))
     busy_s = time.perf_counter() - started
     record = ShardRecord(task.shard, rows, duplicates, job.folder, files, busy_s, bytes_read)
     store.write(shard_record_path(job.fingerprint, task.shard), record.to_json())
@@ -194,7 +194,8 @@ def _ipc_writer(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileWriter:
     return pa.ipc.new_file(str(path), schema.remove_metadata())
 
 
-def _upload(store: Store, folder: str, path: Path) -> FileRecord:
+def upload_file(store: Store, folder: str, path: Path) -> FileRecord:
+    """Put a local file into a folder of the store under its own name."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     store.upload(path, f"{folder}/{path.name}")

@@ -350,7 +350,8 @@ def _record() -> tuple[BridgeRecord, Adapter]:
 def test_records_are_plain_data_that_is_read_back() -> None:
     record, adapter = _record()
     written = json.loads(json.dumps(record.to_json()))
-    assert BridgeRecord.from_json(written) == record
+    assert BridgeRecord.from_json(written) == record and record.length == 1
+    assert BridgeRecord.from_json(written | {"length": 0.8}) == replace(record, length=0.8)
     assert written["candidates"][0]["quality"]["estimate"] == 0.5
     assert (written["documents"], written["queries"]) == (100, 0)
     assert written["adapter_hash"] == adapter.content_hash()

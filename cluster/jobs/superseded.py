@@ -1,0 +1,221 @@
+"""Which rows of a version a newer one, of a part of the corpus, has taken over: one old shard at a time."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+
+from penstock.cluster.jobs.links import LINKS_SCHEMA
+from penstock.cluster.jobs.shards import FileRecord, ShardRecord, upload_file
+from penstock.cluster.layout import shard_file
+from penstock.cluster.node import connect
+from penstock.cluster.published import hold_file, open_duplicates, open_ids, open_rows, read_ipc
+from penstock.cluster.storage import Store
+from penstock.operators.chunking import normalise_for_comparison
+
+SUPERSEDED, LINKS = "superseded.arrow", "links.arrow"
+SUPERSEDED_SCHEMA = pa.schema([("superseded", pa.bool_())])
+FIRST_PASSAGE = "#0"  # how the id of a document's first passage ends
+
+
+@dataclass(frozen=True)
+class SupersededTask:
+    """One shard of the old version, and all of the new one; `folder` is the mixed version's."""
+
+    root: str
+    folder: str
+    old: ShardRecord
+    new: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True)
+class SupersededShard:
+    """What is left of an old shard.
+
+    Attributes:
+        rows: of the shard; `superseded` of them count no more.
+        standing_in: rows that count although their document is in the new version, as they represent passages of
+            documents that are not, and no row of the new version has their text.
+        documents: documents of the new version whose first passage is a row of this shard, or represented by one.
+        duplicates: links to passages of documents that are not in the new version.
+        files: `superseded` and `links`, where these are not those of the old version.
+    """
+
+    shard: int
+    rows: int
+    superseded: int
+    standing_in: int
+    documents: int
+    duplicates: int
+    files: tuple[FileRecord, ...]
+
+
+def mark_superseded(task: SupersededTask) -> SupersededShard:
+    """Find the superseded rows of one shard, and what now represents the passages that they represented.
+
+    A row is superseded if its document is in the new version, by a row or by a link. Where it represents passages of
+    documents that are not, it is superseded if a row of the new version has the same text, which represents them from
+    then on; and so is a row whose document is not in the new version, but a passage that it represents is.
+
+    Memory: the ids and links of the shard and of one new shard, with hash tables of these.
+    """
+    store = connect(task.root)
+    ids, links = open_ids(store, task.old).column("id"), open_duplicates(store, task.old)
+    done = _present(store, task.new, [_documents(ids), links.column("document_id")])
+    group = _Group.of(ids, links, done)
+    heirs = _heirs(store, task, ids, links, group)
+    superseded = group.ended | ~_nulls(heirs)
+    left = _links_left(ids, links, group, heirs)
+    files = _write(store, task, superseded, left) if superseded.any() or left.num_rows < links.num_rows else ()
+    return SupersededShard(
+        task.old.shard,
+        len(ids),
+        int(superseded.sum()),
+        int((group.own_done & ~superseded).sum()),
+        _first_passages(ids, group.own_done) + _first_passages(links.column("id"), group.link_done),
+        left.num_rows,
+        files,
+    )
+
+
+def open_superseded(store: Store, folder: str, record: FileRecord) -> np.ndarray:
+    """bool (rows,): which rows of an old shard count no more."""
+    with hold_file(store, folder, record) as path:
+        superseded: np.ndarray = read_ipc(path).column("superseded").to_numpy()
+    return superseded
+
+
+def open_links(store: Store, folder: str, record: FileRecord) -> pa.Table:
+    """Links (LINKS_SCHEMA) to passages of documents that are not in the new version."""
+    with hold_file(store, folder, record) as path:
+        return pa.ipc.open_file(path.read_bytes()).read_all()
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Rows of a shard, with the passages that they represent.
+
+    Attributes:
+        own_done: bool (rows,), whether the row's document is in the new version.
+        link_done: bool (links,), whether the represented passage's document is.
+        keepers: int64 (links,), the row that represents each.
+        ended: bool (rows,), rows of which all documents are in the new version.
+        torn: bool (rows,), rows of which some documents are, and some are not.
+    """
+
+    own_done: np.ndarray
+    link_done: np.ndarray
+    keepers: np.ndarray
+    ended: np.ndarray
+    torn: np.ndarray
+
+    @classmethod
+    def of(cls, ids: pa.ChunkedArray, links: pa.Table, done: pa.Array) -> "_Group":
+        own_done = pc.is_in(_documents(ids), value_set=done).to_numpy()
+        link_done = pc.is_in(links.column("document_id"), value_set=done).to_numpy()
+        keepers = _places(links.column("represented_by"), ids)
+        started, lasting = own_done.copy(), ~own_done
+        started[keepers[link_done]] = True
+        lasting[keepers[~link_done]] = True
+        return cls(own_done, link_done, keepers, started & ~lasting, started & lasting)
+
+
+def _present(store: Store, new: Sequence[ShardRecord], wanted: Sequence[pa.ChunkedArray]) -> pa.Array:
+    """Those of the documents of which a new shard has a passage, or a link to one."""
+    documents = pc.unique(pa.chunked_array([chunk for column in wanted for chunk in column.chunks], pa.string()))
+    found = np.zeros(len(documents), bool)
+    for shard in new:
+        for column in (
+            _documents(open_ids(store, shard).column("id")),
+            open_duplicates(store, shard).column("document_id"),
+        ):
+            found |= pc.is_in(documents, value_set=pc.unique(column)).to_numpy(zero_copy_only=False)
+    return documents.filter(pa.array(found))
+
+
+def _heirs(store: Store, task: SupersededTask, ids: pa.ChunkedArray, links: pa.Table, group: _Group) -> pa.Array:
+    """For each row that is torn the id of a new row with its text; null without one, and for others.
+
+    Looked for under the ids of the row and of the passages that have its text: what became of these in the new version.
+    """
+    heirs = np.full(len(ids), None, dtype=object)
+    if group.torn.any():
+        exact = group.link_done & group.torn[group.keepers] & links.column("similarity").is_null().to_numpy()
+        own = np.flatnonzero(group.torn & group.own_done)
+        names = pa.concat_arrays([ids.take(own).combine_chunks(), links.column("id").filter(exact).combine_chunks()])
+        rows = np.concatenate([own, group.keepers[exact]])
+        texts = open_rows(store, task.old).column("text")
+        for shard in task.new:
+            for row, name in _same_texts(store, shard, names, rows, texts):
+                heirs[row] = name
+    return pa.array(heirs, pa.string())
+
+
+def _same_texts(
+    store: Store, shard: ShardRecord, names: pa.Array, rows: np.ndarray, texts: pa.ChunkedArray
+) -> Iterator[tuple[int, str]]:
+    """Old rows, and the id of the row of a new shard that has their text under one of the names."""
+    ids, links = open_ids(store, shard).column("id"), open_duplicates(store, shard)
+    represented = _places(names, links.column("id"))
+    stands_for = links.column("represented_by").take(pa.array(np.maximum(represented, 0), mask=represented < 0))
+    places = np.maximum(_places(names, ids), _places(stands_for, ids))
+    found = np.flatnonzero(places >= 0)
+    if not len(found):
+        return
+    new_texts = open_rows(store, shard).column("text").take(pa.array(places[found])).to_pylist()
+    old_texts = texts.take(pa.array(rows[found])).to_pylist()
+    new_ids = ids.take(pa.array(places[found])).to_pylist()
+    for row, name, old, new in zip(rows[found].tolist(), new_ids, old_texts, new_texts, strict=True):
+        if normalise_for_comparison(old) == normalise_for_comparison(new):
+            yield row, name
+
+
+def _links_left(ids: pa.ChunkedArray, links: pa.Table, group: _Group, heirs: pa.Array) -> pa.Table:
+    """Links to the passages of documents that are not in the new version, of old rows or of their heirs."""
+    kept = pa.array(~group.link_done)
+    keepers = pa.array(group.keepers[~group.link_done])
+    represented_by = pc.coalesce(heirs.take(keepers), links.column("represented_by").filter(kept).combine_chunks())
+    left = links.filter(kept).set_column(2, "represented_by", represented_by)
+    moved = np.flatnonzero(~_nulls(heirs) & ~group.own_done)
+    names = ids.take(pa.array(moved))
+    rows = [names, _documents(names), heirs.take(pa.array(moved)), pa.nulls(len(moved), pa.float32())]
+    return pa.concat_tables([left.cast(LINKS_SCHEMA), pa.table(rows, schema=LINKS_SCHEMA)])
+
+
+def _write(store: Store, task: SupersededTask, superseded: np.ndarray, links: pa.Table) -> tuple[FileRecord, ...]:
+    tables = {SUPERSEDED: pa.table([pa.array(superseded)], schema=SUPERSEDED_SCHEMA), LINKS: links.combine_chunks()}
+    with tempfile.TemporaryDirectory(prefix="penstock-superseded-") as place:
+        records = []
+        for kind, table in tables.items():
+            path = Path(place) / shard_file(task.old.shard, kind)
+            with pa.ipc.new_file(str(path), table.schema) as writer:
+                writer.write_table(table)
+            records.append(upload_file(store, task.folder, path))
+    return tuple(records)
+
+
+def _documents(passage_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The document of each passage id, which is what stands before its last `#`."""
+    return pc.list_element(pc.split_pattern(passage_ids, "#", max_splits=1, reverse=True), 0)
+
+
+def _places(wanted: pa.ChunkedArray | pa.Array, among: pa.ChunkedArray) -> np.ndarray:
+    """int64 (n,): where each of the wanted stands; -1 where it does not, and for nulls."""
+    places = pc.index_in(wanted, value_set=among.combine_chunks(), skip_nulls=True)
+    found: np.ndarray = pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return found
+
+
+def _nulls(values: pa.Array) -> np.ndarray:
+    nulls: np.ndarray = values.is_null().to_numpy(zero_copy_only=False)
+    return nulls
+
+
+def _first_passages(ids: pa.ChunkedArray, chosen: np.ndarray) -> int:
+    """How many of the chosen ids are of a document's first passage."""
+    return int((pc.ends_with(ids, FIRST_PASSAGE).to_numpy() & chosen).sum())

@@ -1,0 +1,331 @@
+"""A mixed version, opened for searching: passages that were embedded again come from the new part, the others from the
+old one, and similarities of two vector spaces never meet."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from typing import Any, assert_never
+
+import numpy as np
+import pyarrow as pa
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.jobs.shards import FileRecord
+from penstock.cluster.jobs.superseded import LINKS, SUPERSEDED, open_links, open_superseded
+from penstock.cluster.published import hold_file
+from penstock.cluster.storage import Store
+from penstock.operators.adapters import Adapter
+from penstock.operators.bridging import BridgeRecord, Direction
+from penstock.operators.encoding import ModelMismatch
+from penstock.operators.mixed_spaces import (
+    AdaptedVectors,
+    QueryMode,
+    SpacedHits,
+    compared_again,
+    fuse_ranks,
+    merge_within_space,
+)
+from penstock.operators.searching import Hits, SearchParameters, StoredVectors, merge_hits
+from penstock.pipelines.mixed_format import MixedParts
+from penstock.pipelines.opened import (
+    Found,
+    Lazily,
+    LiveRows,
+    Opened,
+    OpenShard,
+    OpenVersion,
+    Request,
+    Searched,
+    links_to,
+    merge_readable,
+    query_vectors,
+)
+from penstock.pipelines.query_encoder import QueryEncoder
+
+# Old passages that are compared again in the new space, for each of k.
+COMPARED_PER_HIT = 4
+
+
+class Way(StrEnum):
+    """How hits of the two parts become one ranking."""
+
+    ONE_SPACE = "one space"
+    ADAPTED = "adapted"
+    RANKS = "ranks"
+
+
+@dataclass(frozen=True, eq=False)
+class Bridge:
+    """An adapter of one direction with its record."""
+
+    adapter: Adapter
+    record: BridgeRecord
+
+    @classmethod
+    def read(cls, store: Store, folder: str, named: MixedParts, direction: Direction) -> "Bridge":
+        """From the files of a mixed version, whose hashes are compared."""
+        data = {}
+        for file in named.adapter_files(direction) or ():
+            with hold_file(store, folder, file) as path:
+                data[file.name.rpartition(".")[2]] = path.read_bytes()
+        return cls(Adapter.from_bytes(data["safetensors"]), BridgeRecord.from_json(json.loads(data["json"])))
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Query vectors of the spaces that are searched: float32 (q, d) each, None where none is."""
+
+    new: np.ndarray | None
+    old: np.ndarray | None
+
+
+class OpenMixed:
+    """A mixed version, opened for searching; threads may share it.
+
+    Shards of the new part keep their numbers, and those of the old one follow.
+
+    Args:
+        encoder: of the model that the manifest names: the new one.
+        old, new: the open parts, which other mixed versions may share; new is None where nothing is embedded yet.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        manifest: dict[str, Any],
+        encoder: QueryEncoder,
+        old: OpenVersion,
+        new: OpenVersion | None,
+    ) -> None:
+        self.manifest, self.encoder, self.old, self.new = manifest, encoder, old, new
+        self._named = MixedParts.of(manifest)
+        folder = catalog.version_folder(manifest["version"])
+        self._live = _live_rows(catalog.store, folder, self._named)
+        self._links = _links(catalog.store, folder, self._named)
+        self._bridges = {
+            direction: Lazily(
+                f"adapter {direction} of {folder}",
+                partial(Bridge.read, catalog.store, folder, self._named, direction),
+            )
+            for direction in Direction
+            if self._named.adapter_files(direction) is not None
+        }
+        self._first_old = len(new.shards) if new else 0
+        self._shards: dict[int, OpenShard] = {**(new.shards if new else {}), **self._renumbered(old.shards)}
+
+    @property
+    def version(self) -> str:
+        return str(self.manifest["version"])
+
+    @property
+    def operating_point(self) -> SearchParameters:
+        """That of the new part; each part is searched at its own."""
+        return self.main.operating_point
+
+    @property
+    def parts(self) -> dict[str, OpenVersion]:
+        return self.old.parts | (self.new.parts if self.new else {})
+
+    @property
+    def main(self) -> OpenVersion:
+        return self.new or self.old
+
+    @property
+    def encoders(self) -> tuple[QueryEncoder, ...]:
+        return (self.encoder, self.old.encoder)
+
+    @property
+    def way(self) -> Way:
+        """How this version's hits are merged: fixed by what is in it, whatever a degraded search has to do without."""
+        if not (self._named.old_live and self._named.new_live) or self._old_space == self._new_space:
+            return Way.ONE_SPACE
+        adapted = Direction.DOCUMENTS_TO_NEW in self._bridges and self.old.manifest["stored"] is not None
+        return Way.ADAPTED if adapted else Way.RANKS
+
+    def search(self, queries: str | Sequence[str] | np.ndarray, request: Request) -> Found:
+        """See `OpenIndex.search`."""
+        asked = self._asked(queries)
+        searched = self._find(asked, request)
+
+        def merge(parts: dict[int, Hits]) -> Hits:
+            return self._merged(parts, asked, request.k)
+
+        hits, rows = merge_readable(searched.hits, merge, self._shards, request, self.version)
+        coverage = searched.coverage(searched.hits)
+        return Found(hits.ids, hits.similarities, self.version, coverage, rows, self.way is Way.RANKS)
+
+    def duplicates(self, ids: Sequence[str]) -> pa.Table:
+        """See `OpenIndex.duplicates`; a passage that is a row of the new part is nobody's duplicate any more."""
+        tables = [shard.duplicates.get() for shard in (self.new.shards.values() if self.new else ())]
+        tables += [
+            self._links[number].get() if number in self._links else shard.duplicates.get()
+            for number, shard in self.old.shards.items()
+        ]
+        return links_to(tables, ids)
+
+    def warm(self, before: Opened) -> None:
+        """Open what of an earlier version was in use: shards with what is superseded, adapters, models for texts."""
+        for part, live in ((self.new, self._named.new_live), (self.old, self._named.old_live)):
+            if part is not None and live:
+                part.warm_shards(before.main)
+        for number, mask in self._live.masks.items():
+            if self.old.shards[number].searcher.ready:
+                mask.get()
+        for bridge in self._bridges.values():
+            bridge.get()
+        if any(encoder.loaded for encoder in before.encoders):
+            for encoder in self._encoders_of_texts():
+                encoder.load()
+
+    # ---- queries
+
+    def _encoders_of_texts(self) -> list[QueryEncoder]:
+        """The models that texts need."""
+        bridged = self._named.queries is QueryMode.BRIDGE
+        by_new = [self.encoder] if bridged or self._named.new_live else []
+        return by_new if bridged or not self._named.old_live else [*by_new, self.old.encoder]
+
+    def _asked(self, queries: str | Sequence[str] | np.ndarray) -> _Asked:
+        if isinstance(queries, np.ndarray) or self.encoder in self._encoders_of_texts():
+            new = query_vectors(queries, self.manifest, self.encoder)
+            return _Asked(new, self._old_queries(queries, new))
+        return _Asked(None, self.old.vectors(queries))
+
+    def _old_queries(self, queries: str | Sequence[str] | np.ndarray, new: np.ndarray) -> np.ndarray | None:
+        """The queries in the old part's space; None where nothing of it counts."""
+        texts, one_space = not isinstance(queries, np.ndarray), self._old_space == self._new_space
+        if not self._named.old_live:
+            return None
+        if one_space and (not texts or self.encoder is self.old.encoder):
+            return new
+        if texts and (one_space or self._named.queries is QueryMode.BOTH):
+            return self.old.vectors(queries)
+        return self._bridged(new)
+
+    def _bridged(self, queries: np.ndarray) -> np.ndarray:
+        bridge = self._bridges.get(Direction.QUERIES_TO_OLD)
+        if bridge is None:
+            old, new = self.old.manifest["model"], self.manifest["model"]
+            raise ModelMismatch(
+                f"queries given as vectors of {new['reference']} (space {new['space'][:16]}) cannot be compared with "
+                f"the {self._named.old_live} passages of version {self.version} that are in space {old['space'][:16]} "
+                f"of {old['reference']}, as it has no adapter of queries; ask with texts, or wait for the upgrade's end"
+            )
+        return self._opened_bridge(Direction.QUERIES_TO_OLD).adapter.apply(queries)
+
+    def _opened_bridge(self, direction: Direction) -> Bridge:
+        """An adapter that leads between the spaces of this version's parts; any other is refused."""
+        bridge = self._bridges[direction].get()
+        spaces = (self._new_space, self._old_space)
+        source, target = spaces if direction is Direction.QUERIES_TO_OLD else spaces[::-1]
+        bridge.record.refuse_other(bridge.adapter, source, target)
+        return bridge
+
+    # ---- answers
+
+    def _find(self, asked: _Asked, request: Request) -> Searched:
+        """What the shards of both parts answer, each in its own space."""
+        found = []
+        if self.new and self._named.new_live and asked.new is not None:
+            found.append(self.new.find(asked.new, request))
+        if asked.old is not None:
+            deeper = replace(request, k=self._depth(request.k))
+            found.append(self.old.find(asked.old, deeper, self._live).renumbered(self._first_old))
+        return Searched(
+            {number: rows for part in found for number, rows in part.rows.items()},
+            np.concatenate([part.needed for part in found], axis=1),
+            {number: hits for part in found for number, hits in part.hits.items()},
+        )
+
+    def _depth(self, k: int) -> int:
+        """How many hits of the old part are asked for."""
+        match self.way:
+            case Way.ADAPTED:
+                return k * COMPARED_PER_HIT
+            case Way.ONE_SPACE | Way.RANKS:
+                return 2 * k if self._stands_in else k
+            case _:
+                assert_never(self.way)
+
+    def _merged(self, parts: dict[int, Hits], asked: _Asked, k: int) -> Hits:
+        spaced = []
+        new = [hits for number, hits in parts.items() if number < self._first_old]
+        if new:
+            spaced.append(SpacedHits(self._new_space, merge_hits(new, k)))
+        old = [hits for number, hits in parts.items() if number >= self._first_old]
+        if old:
+            hits = merge_hits(old, self._depth(k))
+            hits = _without(hits, spaced[0].hits) if spaced and self._stands_in else hits
+            spaced.append(self._comparable(SpacedHits(self._old_space, hits), asked))
+        if self.way is not Way.RANKS:
+            return merge_within_space(spaced, k).hits
+        shares = {self._old_space: self._named.old_live, self._new_space: self._named.new_live}
+        total = sum(shares.values())
+        fused = fuse_ranks(spaced, k, [shares[part.space] / total for part in spaced])
+        return Hits(fused.ids, np.full(fused.weights.shape, np.nan, np.float32), fused.shards, fused.rows)
+
+    def _comparable(self, old: SpacedHits, asked: _Asked) -> SpacedHits:
+        """Hits of the old part in the space that they are merged in, where there is a way into it."""
+        if self.way is not Way.ADAPTED or asked.new is None:
+            return old
+        bridge = self._opened_bridge(Direction.DOCUMENTS_TO_NEW)
+        vectors = {
+            number: AdaptedVectors(stored, bridge.adapter, bridge.record.length)
+            for number in np.unique(old.hits.shards[old.hits.shards >= 0]).tolist()
+            if (stored := self._stored(number)) is not None
+        }
+        return compared_again(old, np.ascontiguousarray(asked.new), vectors, self._new_space)
+
+    def _stored(self, number: int) -> StoredVectors | None:
+        return self._shards[number].searcher.get().vectors
+
+    @property
+    def _stands_in(self) -> bool:
+        """Whether old rows count whose document the new part has: an id may then be in both."""
+        return any(shard.standing_in for shard in self._named.shards)
+
+    @property
+    def _new_space(self) -> str:
+        return str(self.manifest["model"]["space"])
+
+    @property
+    def _old_space(self) -> str:
+        return str(self.old.manifest["model"]["space"])
+
+    def _renumbered(self, shards: dict[int, OpenShard]) -> dict[int, OpenShard]:
+        return {number + self._first_old: shard for number, shard in shards.items()}
+
+
+def _live_rows(store: Store, folder: str, named: MixedParts) -> LiveRows:
+    def mask(file: FileRecord) -> np.ndarray:
+        return ~open_superseded(store, folder, file)
+
+    return LiveRows(
+        {shard.shard: shard.live for shard in named.shards},
+        {
+            shard.shard: Lazily(f"superseded rows of shard {shard.shard} of {folder}", partial(mask, file))
+            for shard in named.shards
+            if shard.superseded and (file := shard.file(SUPERSEDED)) is not None
+        },
+    )
+
+
+def _links(store: Store, folder: str, named: MixedParts) -> dict[int, Lazily[pa.Table]]:
+    """Of the old shards whose links are not those of the old version any more."""
+    return {
+        shard.shard: Lazily(f"links of shard {shard.shard} of {folder}", partial(open_links, store, folder, file))
+        for shard in named.shards
+        if (file := shard.file(LINKS)) is not None
+    }
+
+
+def _without(hits: Hits, others: Hits) -> Hits:
+    """Hits but for those whose id is among the others of the same query."""
+    twice = np.array([np.isin(own, other) for own, other in zip(hits.ids, others.ids, strict=True)], bool)
+    twice = twice.reshape(hits.rows.shape) & (hits.rows >= 0)
+    left = Hits(hits.ids.copy(), hits.similarities.copy(), hits.shards.copy(), hits.rows.copy())
+    left.ids[twice], left.similarities[twice] = None, np.nan
+    left.shards[twice], left.rows[twice] = -1, -1
+    return left
