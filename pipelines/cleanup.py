@@ -103,6 +103,7 @@ def _kept_versions(store: Store, catalog: Catalog, index: str, keep: int | None)
     manifests = {version: catalog.manifest(version) for version in versions}
     steps = {version for version, manifest in manifests.items() if is_mixed(manifest)}
     steps |= {str(MixedParts.of(manifests[version]).new) for version in steps}
+    steps |= {version for version, manifest in manifests.items() if "part_of" in manifest}
     passed = [
         version
         for version, manifest in manifests.items()
