@@ -154,6 +154,17 @@ def ndcg_at_k(ranked: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, 
     return np.array([_ndcg(documents, judged, k) for documents, judged in zip(ranked, relevance, strict=True)])
 
 
+def judged_recall_at_k(ranked: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, float]], k: int) -> np.ndarray:
+    """Share of the relevant documents among the first k of each query, float64 (q,), of k where more are relevant; 0
+    where nothing is judged relevant."""
+    _refuse_rankings(ranked, relevance)
+    shares = []
+    for documents, judged in zip(ranked, relevance, strict=True):
+        relevant = {document for document, value in judged.items() if value > 0}
+        shares.append(len(relevant & set(documents[:k])) / max(1, min(k, len(relevant))))
+    return np.array(shares)
+
+
 def mrr_at_k(ranked: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, float]], k: int) -> np.ndarray:
     """1 / rank of the first relevant one among the first k documents of each query, float64 (q,); 0 without one."""
     _refuse_rankings(ranked, relevance)

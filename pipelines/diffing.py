@@ -56,7 +56,7 @@ def compare(
         refuse_mixed(manifest, "compare")
     changes = _documents(store, catalog, manifests[old], manifests[new], session, reporter)
     with reporter.stage("answers", 2, "versions") as advance:
-        queries = _sample(store, catalog, manifests[new])
+        queries = sample_texts(catalog, manifests[new], QUERIES)
         found = []
         for version in (old, new):
             with OpenIndex(catalog, version, manifests[version], trust) as index:
@@ -82,12 +82,13 @@ def _documents(
     return changes
 
 
-def _sample(store: Store, catalog: Catalog, manifest: dict[str, Any]) -> list[str]:
+def sample_texts(catalog: Catalog, manifest: dict[str, Any], count: int) -> list[str]:
     """Texts of passages, spread over the shards. Rows lie in the order of a hash: the first are a random sample."""
     shards = shards_of(manifest, catalog.version_folder(manifest["version"]))
-    each = -(-QUERIES // len(shards))
-    texts = [text for shard in shards for text in open_rows(store, shard).column("text").slice(0, each).to_pylist()]
-    return texts[:QUERIES]
+    each = -(-count // len(shards))
+    tables = [open_rows(catalog.store, shard) for shard in shards]
+    texts = [text for table in tables for text in table.column("text").slice(0, each).to_pylist()]
+    return texts[:count]
 
 
 def _figures(manifest: dict[str, Any]) -> dict[str, Any]:

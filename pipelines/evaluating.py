@@ -255,21 +255,36 @@ def _point_json(point: MeasuredPoint) -> dict[str, Any]:
 
 def _judged(path: str, queries: Queries, found: Hits, k: int) -> dict[str, float]:
     """nDCG@k and MRR@k of documents, ranked by their best passage, over the judged queries."""
-    store, name = split_path(path)
-    relevance = read_relevance(store.url, name)
-    rows = [row for row, query in enumerate(queries.ids) if query in relevance]
-    if not rows:
-        raise QueriesInvalid(
-            f"evaluate.relevance ({path}) must judge some of the {len(queries.ids)} queries, it judges none: their ids "
-            f"(as {queries.ids[0]!r}) are not among its own (as {next(iter(relevance), '')!r})"
-        )
-    judged = [relevance[queries.ids[row]] for row in rows]
-    ranked = [_documents(found.ids[row], k) for row in rows]
+    rows, judged = judged_queries(*place_of(path), queries.ids)
+    ranked = [ranked_documents(found.ids[row], k) for row in rows]
     ndcg, mrr = ndcg_at_k(ranked, judged, k), mrr_at_k(ranked, judged, k)
     return {"judged_queries": len(rows), "ndcg": _mean(ndcg), "mrr": _mean(mrr)}
 
 
-def _documents(passage_ids: Sequence[str | None], k: int) -> list[str]:
+def place_of(path: str) -> tuple[str, str]:
+    """URL of the store and path within it, which any worker can read."""
+    store, name = split_path(path)
+    return store.url, name
+
+
+def judged_queries(store_url: str, path: str, ids: Sequence[str]) -> tuple[list[int], list[dict[str, float]]]:
+    """Which of the queries a file of judgements judges, and the judgements of each.
+
+    Raises:
+        QueriesInvalid: it judges none.
+    """
+    relevance = read_relevance(store_url, path)
+    rows = [row for row, query in enumerate(ids) if query in relevance]
+    if not rows:
+        raise QueriesInvalid(
+            f"evaluate.relevance ({path}) must judge some of the {len(ids)} queries, it judges none: their ids "
+            f"(as {ids[0]!r}) are not among its own (as {next(iter(relevance), '')!r})"
+        )
+    return rows, [relevance[ids[row]] for row in rows]
+
+
+def ranked_documents(passage_ids: Sequence[str | None], k: int) -> list[str]:
+    """The documents of passages, most similar first, each by its best passage: k at most."""
     names = [str(name).rpartition("#")[0] for name in passage_ids if name is not None]
     return list(dict.fromkeys(names))[:k]
 

@@ -52,16 +52,18 @@ def publish_mixed(
         bridge: a folder of the store with `queries_to_old` and `documents_to_new`, each .safetensors and .json (a
             BridgeRecord): those that are there. None for none.
         queries: how texts become queries of the old version.
-        model: the `model` of the new pipeline's manifests, where `new` is None; without it the old one's.
+        model: the `model` of the new pipeline's manifests, where `new` is None; without it, and without adapters, the
+            old one's.
 
     Raises:
         BridgeUnfit: an adapter's verdict does not pass, or mode bridge without an adapter of queries.
         WrongSpace: an adapter leads between other spaces than those of the versions.
         ModelMismatch: `model` is not that of the new version.
         MixedUnsupported: a version that is mixed itself.
+        ValueError: one version twice, or adapters to a model that is not given.
         FileNotFoundError: a version that is not published.
     """
-    mixture = _Mixture.of(catalog, old, new, model)
+    mixture = _Mixture.of(catalog, (old, new), model, bridge)
     adapters = _read_adapters(catalog.store, bridge, mixture)
     if queries is QueryMode.BRIDGE and not mixture.one_space and Direction.QUERIES_TO_OLD not in adapters:
         raise BridgeUnfit(
@@ -86,8 +88,11 @@ class _Mixture:
     model: dict[str, Any]
 
     @classmethod
-    def of(cls, catalog: Catalog, old: str, new: str | None, model: dict[str, Any] | None) -> "_Mixture":
-        manifests = [None if version is None else catalog.manifest(version) for version in (old, new)]
+    def of(
+        cls, catalog: Catalog, versions: tuple[str, str | None], model: dict[str, Any] | None, bridge: str | None
+    ) -> "_Mixture":
+        old, new = versions
+        manifests = [None if version is None else catalog.manifest(version) for version in versions]
         for manifest in manifests:
             if manifest is not None:
                 refuse_mixed(manifest, "mix")
@@ -98,6 +103,11 @@ class _Mixture:
         if model is not None and after is not None and model != own:
             raise ModelMismatch(
                 f"version {new} must be of the model {_named(model)}, got {_named(own)}; embed all with one"
+            )
+        if model is None and after is None and bridge is not None:
+            raise ValueError(
+                f"adapters of {bridge} lead to a model that no version has yet: pass the `model` that its manifests "
+                "will have"
             )
         return cls(before, after, model or own)
 

@@ -133,7 +133,7 @@ def sample_queries(task: SampleTask) -> Queries:
 
 def encode_queries(task: EncodeQueriesTask) -> Queries:
     """Read and encode a file of queries: one JSON object a line, with `text` and an optional `id` (or `_id`)."""
-    ids, texts = _read_queries(task)
+    ids, texts = read_queries(task.store_url, task.path)
     encoder = replace(task.encoder, batch_tokens=QUERY_BATCH_TOKENS)
     worker = EncoderWorker(encoder, model_folder(encoder.model), device="cpu")
     return Queries(tuple(ids), worker.encode(texts).require(), tuple(None for _ in ids))
@@ -212,23 +212,29 @@ def read_relevance(store_url: str, path: str) -> dict[str, dict[str, float]]:
     return judged
 
 
-def _read_queries(task: EncodeQueriesTask) -> tuple[list[str], list[str]]:
-    store = connect(task.store_url)
-    info = store.info(task.path)
+def read_queries(store_url: str, path: str) -> tuple[list[str], list[str]]:
+    """Ids and texts of a JSONL file of queries, which has one JSON object a line, with `text` and an optional `id` (or
+    `_id`).
+
+    Raises:
+        QueriesInvalid: no such file, or one that holds other things.
+    """
+    store = connect(store_url)
+    info = store.info(path)
     if info is None or info.size_bytes > MAX_QUERY_FILE_BYTES:
         got = "no such file" if info is None else f"{info.size_bytes} bytes"
         raise QueriesInvalid(
-            f"evaluate.queries ({task.path}) must be a file of at most {MAX_QUERY_FILE_BYTES} bytes, got {got}"
+            f"evaluate.queries ({path}) must be a file of at most {MAX_QUERY_FILE_BYTES} bytes, got {got}"
         )
     ids, texts = [], []
-    for number, line in enumerate(store.read(task.path).decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(store.read(path).decode("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
-        query = _parsed(task.path, number, line)
+        query = _parsed(path, number, line)
         texts.append(query["text"])
         ids.append(str(query.get("id", query.get("_id", number))))
     if not texts:
-        raise QueriesInvalid(f"evaluate.queries ({task.path}) must hold at least one query, got none")
+        raise QueriesInvalid(f"evaluate.queries ({path}) must hold at least one query, got none")
     return ids, texts
 
 
