@@ -20,9 +20,11 @@ from penstock.pipelines.config import Index, Upgrade
 from penstock.pipelines.gate import failed
 from penstock.pipelines.history import Status, new_run_id
 from penstock.pipelines.loading import Origin
-from penstock.pipelines.mixed import measure_version, publish_mixed
+from penstock.pipelines.measuring_answers import measure_answers
+from penstock.pipelines.mixed import publish_mixed
 from penstock.pipelines.planning import FragmentFacts, Plan, Resolved, embedded_of, finished_fragments, is_trainable
 from penstock.pipelines.progress import Reporter
+from penstock.pipelines.publishing import model_of
 from penstock.pipelines.records import read_json, write_json
 from penstock.pipelines.running import Part, embed_part, execute
 from penstock.pipelines.wanted import WantedTask, wanted_documents
@@ -35,18 +37,6 @@ FRAGMENTS_BETWEEN_LOOKS = 4
 
 class BackfillStopped(Exception):
     """A backfill that went no further, as answers had become worse than before it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Quality:
-    """What one version answers: the mean figure, its name, and the figure of each query, float64 (q,)."""
-
-    metric: str
-    values: np.ndarray
-
-    @property
-    def mean(self) -> float:
-        return float(self.values.mean())
 
 
 @dataclass
@@ -88,7 +78,7 @@ class Backfill:
             for number, fragments in enumerate(parts):
                 record = self._step(number, fragments, records[0] if records else None)
                 records.append(record)
-                advance(1, f"{record['share']:.0%} embedded, {record['metric']} {record['quality']:.4f}")
+                advance(1, f"{record['share']:.0%} embedded, {quality_text(record)}")
         return records
 
     def parts(self) -> list[list[str]]:
@@ -170,12 +160,12 @@ class Backfill:
         part = self._build(fragments) if fragments else None
         run_id = new_run_id(f"{self.new.pipeline.name}-backfill")
         with acquire(self.store, self.new.pipeline.name, run_id) as lease:
-            manifest = publish_mixed(
-                self.session, self.catalog, run_id, self.old, part, self.bridge, self.settings.queries
-            )
-            record = self._measured(manifest) | {
+            manifest = self._publish(run_id, part)
+            version = manifest["version"]
+            record = {
+                **measure_answers(self.session, self.store.url, manifest, self.old, self.new),
                 "step": number,
-                "version": manifest["version"],
+                "version": version,
                 "part": part,
                 "fragments": len(fragments),
                 "rows": self._rows(fragments),
@@ -183,9 +173,9 @@ class Backfill:
                 "encoded": encoded,
                 "seconds": round(time.monotonic() - started, 1),
             }
-            self._refuse_fall(first, record)
+            refuse_fall(first, record, self.settings)
             lease.check()
-            self._point(manifest["version"], run_id)
+            self._point(version, run_id)
         write_json(self.store, path, record)
         return record
 
@@ -235,20 +225,11 @@ class Backfill:
     def _plan(self, resolved: Resolved) -> Plan:
         return Plan(resolved, (), None, published=False, alias_moves=False, alias_head=0)
 
-    def _measured(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        return measure_version(self.session, self.store.url, manifest, self.new)
-
-    def _refuse_fall(self, first: dict[str, Any] | None, record: dict[str, Any]) -> None:
-        """The stop-loss: every query's figure against that of the first step."""
-        if first is None or not first["values"] or first["metric"] != record["metric"]:
-            return
-        before, now = np.array(first["values"]), np.array(record["values"])
-        if has_fallen(before * (1 - self.settings.tolerance), now, self.settings.seed):
-            raise BackfillStopped(
-                f"{record['metric']} fell from {before.mean():.4f} to {now.mean():.4f} at {record['share']:.0%} "
-                "embedded, beyond the confidence interval: the alias stays where it is. Look at the canary, raise "
-                "upgrade.tolerance to go on, or end it with `penstock rollback`"
-            )
+    def _publish(self, run_id: str, part: str | None) -> dict[str, Any]:
+        """The mixed version of the old one and a part; while nothing is embedded, it says the new model itself."""
+        model = model_of(self.new) if part is None else None
+        queries = self.settings.queries
+        return publish_mixed(self.session, self.catalog, run_id, self.old, part, self.bridge, queries, model)
 
     def _point(self, version: str, run_id: str) -> AliasEntry | None:
         alias = self.new.pipeline.publish.alias
@@ -256,6 +237,28 @@ class Backfill:
         if alias is None or present is None or present.version == version:
             return present
         return self.catalog.move(alias, version, expected=present.number, run_id=run_id, reason=Reason.BACKFILL)
+
+
+def refuse_fall(first: dict[str, Any] | None, record: dict[str, Any], settings: Upgrade) -> None:
+    """The stop-loss: ranking quality query by query against the first step, where there are judgements.
+
+    Raises:
+        BackfillStopped: the mean is below, beyond the confidence interval of the difference.
+    """
+    if first is None or "ndcg" not in first or "ndcg" not in record:
+        return
+    before, now = (np.array(one["per_query"]["ndcg"]) for one in (first, record))
+    if has_fallen(before * (1 - settings.tolerance), now, settings.seed):
+        raise BackfillStopped(
+            f"version {record['version']}: ndcg ({now.mean():.4f}) must not be below that of the start of the backfill "
+            f"({before.mean():.4f}) beyond the confidence interval; the alias stays where it is. Look at the canary, "
+            "raise upgrade.tolerance to go on, or return with `penstock rollback`"
+        )
+
+
+def quality_text(record: dict[str, Any]) -> str:
+    """What was measured of a version, in words."""
+    return f"nDCG {record['ndcg']:.4f}" if "ndcg" in record else f"{record['overlap']:.1%} of the old answers"
 
 
 def part_of(new: Resolved, old_index: Index, rows: int) -> Resolved:

@@ -64,7 +64,7 @@ def make_manifest(
         "duplicates": sum(shard.duplicates for shard in shards),
         "metric": resolved.metric.value,
         "dimension": resolved.encoder.dimension,
-        "model": _model(resolved),
+        "model": model_of(resolved),
         "transforms": [step_to_json(step) for step in resolved.pipeline.index.steps()],
         **_built(chain.spec),
         "rerank": resolved.pipeline.index.rerank,
@@ -243,7 +243,7 @@ def _shard(shard: ShardRecord) -> dict[str, Any]:
     }
 
 
-def _model(resolved: Resolved) -> dict[str, Any]:
+def model_of(resolved: Resolved) -> dict[str, Any]:
     """The model as a reader must load it to ask in the same space."""
     encoder = resolved.encoder
     return {

@@ -134,17 +134,16 @@ def _upgrade_plan(plan: dict[str, Any]) -> RenderableType:
 def _backfill_table(steps: list[dict[str, Any]]) -> RenderableType:
     table = _table("embedded", "passages", "encoded", "quality", "version")
     for step in steps:
-        quality = "" if step["quality"] is None else f"{step['metric']} {step['quality']:.4f}"
-        _row(table, f"{step['share']:.0%}", f"{step['rows']:,}", f"{step['encoded']:,}", quality, step["version"])
+        cells = f"{step['share']:.0%}", f"{step['rows']:,}", f"{step['encoded']:,}", quality_text(step)
+        _row(table, *cells, step["version"])
     return table
 
 
 def _flip_text(flip: dict[str, Any], record: dict[str, Any]) -> Text:
-    quality = "" if flip["quality"] is None else f", {flip['metric']} {flip['quality']:.4f}"
     area = flip["area_under_quality"]
     mean = "" if area is None else f"; mean over the backfill {area:.4f}"
     words = (
-        f"alias {flip['alias']} points to version {flip['version']} ({flip['rows']:,} passages{quality}{mean}). "
+        f"alias {flip['alias']} points to version {flip['version']} ({flip['rows']:,} passages, {quality_text(flip)}{mean}). "
         f"Now set embedding.model to {record['new']} in the file. `penstock rollback` returns to "
         f"{flip.get('previous') or record['old']['version']}."
     )

@@ -18,14 +18,15 @@ from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.leases import acquire
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
-from penstock.operators.backfill_order import area_under_quality, has_fallen
+from penstock.operators.backfill_order import area_under_quality
 from penstock.operators.identity import fingerprint
-from penstock.pipelines.backfilling import Backfill, BackfillStopped
+from penstock.pipelines.backfilling import Backfill, BackfillStopped, refuse_fall
 from penstock.pipelines.canary import Canary
 from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade
 from penstock.pipelines.history import new_run_id, read_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
-from penstock.pipelines.mixed import measure_version, old_version_of
+from penstock.pipelines.measuring_answers import measure_answers
+from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.planning import (
     FragmentFacts,
     Plan,
@@ -177,7 +178,7 @@ class Upgrading:
             facts,
             self._canary.bridge_folder(),
         ).run()
-        return {"steps": [{name: value for name, value in step.items() if name != "values"} for step in steps]}
+        return {"steps": [_without_queries(step) for step in steps]}
 
     def flip(self) -> dict[str, Any]:
         """Publish the whole corpus in the new space, and point the alias to it if that is no worse than before."""
@@ -191,30 +192,18 @@ class Upgrading:
         version = plan.version if report is None else report.version
         manifest = self.catalog.manifest(str(version))
         missed = [check for check in manifest["gate"] if not check["passed"]]
-        record = measure_version(self.session, self.store.url, manifest, plan.resolved)
+        record = measure_answers(self.session, self.store.url, manifest, self.base.version, plan.resolved)
         record |= {"version": version, "rows": manifest["rows"], "gate": manifest["gate"]}
         if missed:
             raise BackfillStopped(
                 f"version {version} failed its gate ({', '.join(check['name'] for check in missed)}): the alias stays "
                 "where it is; `penstock status` has the figures"
             )
-        self._refuse_fall(record)
+        refuse_fall(self._first_step(), record, self.settings)
         record |= self._move(str(version), publish.alias)
         record["area_under_quality"] = self._area(record)
         write_json(self.store, path, record)
-        return {name: value for name, value in record.items() if name != "values"}
-
-    def _refuse_fall(self, record: dict[str, Any]) -> None:
-        first = self._first_step()
-        if first is None or first["metric"] != record["metric"] or not first["values"]:
-            return
-        before, now = np.array(first["values"]), np.array(record["values"])
-        if has_fallen(before * (1 - self.settings.tolerance), now, self.settings.seed):
-            raise BackfillStopped(
-                f"{record['metric']} of version {record['version']} ({now.mean():.4f}) is below that of "
-                f"{self.base.version} ({before.mean():.4f}) beyond the confidence interval: the alias stays where it "
-                "is; raise upgrade.tolerance to accept that, or `penstock rollback`"
-            )
+        return _without_queries(record)
 
     def _move(self, version: str, alias: str | None) -> dict[str, Any]:
         run_id = new_run_id(f"{self.catalog.index}-flip")
@@ -233,13 +222,12 @@ class Upgrading:
         return read_json(self.store, f"{self.folder}/steps/000.json")
 
     def _area(self, last: dict[str, Any]) -> float | None:
-        """Mean quality over the whole backfill."""
+        """Mean nDCG over the whole backfill; None without judgements."""
         names = sorted(self.store.names(f"{self.folder}/steps"))
         steps = [read_json(self.store, f"{self.folder}/steps/{name}") or {} for name in names]
-        steps = [step for step in steps if step.get("metric") == last["metric"] and step["share"] < 1]
-        if not steps or steps[0]["share"] != 0:
+        points = {step["share"]: step["ndcg"] for step in steps if "ndcg" in step} | {1.0: last.get("ndcg")}
+        if 0.0 not in points or points[1.0] is None:
             return None
-        points = {step["share"]: step["quality"] for step in steps} | {1.0: last["quality"]}
         shares = np.array(sorted(points))
         return area_under_quality(shares, np.array([points[share] for share in shares.tolist()]))
 
@@ -265,7 +253,8 @@ def base_of(store: Store, pipeline: PipelineFile) -> Base:
             f"publish.alias ({alias or 'none'}) must point to a published version of index {pipeline.name}, which an "
             "upgrade replaces; run the pipeline first"
         )
-    version = old_version_of(catalog.manifest(entry.version)) or entry.version
+    served = catalog.manifest(entry.version)
+    version = MixedParts.of(served).old if is_mixed(served) else entry.version
     return Base(version, catalog.manifest(version))
 
 
@@ -330,3 +319,7 @@ def old_pipeline(store: Store, pipeline: PipelineFile, base: Base) -> PipelineFi
 def _model_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     model = manifest["model"]
     return {"version": manifest["version"], "model": model["reference"], "space": model["space"]}
+
+
+def _without_queries(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "per_query"}

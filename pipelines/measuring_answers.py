@@ -1,4 +1,4 @@
-"""Quality of a mixed version, so that the steps of an upgrade can be compared query by query."""
+"""Quality of what a version answers, so that the steps of an upgrade can be compared query by query."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from penstock.operators.evaluation import judged_recall_at_k, ndcg_at_k
 from penstock.operators.identity import row_hashes
 from penstock.pipelines.diffing import sample_texts
 from penstock.pipelines.evaluating import PASSAGES_PER_DOCUMENT, judged_queries, place_of, ranked_documents
-from penstock.pipelines.mixed_format import MixedParts
 from penstock.pipelines.planning import Resolved
 from penstock.pipelines.reader import OpenIndex
 
@@ -26,28 +25,34 @@ DIGITS = 6
 
 
 @dataclass(frozen=True)
-class MixedTask:
-    """Ask a mixed version: the texts of a file, or of as many passages. Files are a store's URL and a path within."""
+class AnswersTask:
+    """Ask a version: the texts of a file, or of as many passages. Files are a store's URL and a path within.
+
+    Attributes:
+        old: the version whose answers are compared with where there are no judgements.
+    """
 
     root: str
     manifest: dict[str, Any]
+    old: str
     k: int
     queries: tuple[str, str] | int
     relevance: tuple[str, str] | None
     trust_remote_code: bool
 
 
-def measure_mixed(
-    session: Session, store_url: str, manifest: dict[str, Any], resolved: Resolved, trust_remote_code: bool = False
+def measure_answers(
+    session: Session, store_url: str, manifest: dict[str, Any], old: str, resolved: Resolved
 ) -> dict[str, Any]:
-    """The quality of a mixed version by the queries of the new pipeline file, on a worker.
+    """The quality of a version, mixed or not, by the queries of the new pipeline file, on a worker.
 
     With judgements `recall` and `ndcg` of documents at k; without, `overlap`: the share of the old version's first k
     answers that are still among the first k. Means, and under `per_query` the figure of each query in the same order at
     every step: `backfill_order.has_fallen` compares them.
 
     Args:
-        manifest: of the mixed version.
+        manifest: of the version.
+        old: the version that an upgrade began with.
         resolved: the new pipeline; its `evaluate` says what is asked.
 
     Raises:
@@ -56,13 +61,9 @@ def measure_mixed(
     evaluate = resolved.pipeline.evaluate
     queries = place_of(evaluate.queries) if isinstance(evaluate.queries, str) else evaluate.queries
     relevance = None if evaluate.relevance is None else place_of(evaluate.relevance)
-    task = MixedTask(store_url, manifest, evaluate.k, queries, relevance, trust_remote_code)
-    found = session.run(ask_mixed, task)
-    named = MixedParts.of(manifest)
+    trust = resolved.pipeline.embedding.trust_remote_code
+    found = session.run(ask, AnswersTask(store_url, manifest, old, evaluate.k, queries, relevance, trust))
     return {
-        "version": manifest["version"],
-        "parts": list(named.versions),
-        "embedded_share": round(named.new_live / max(manifest["rows"], 1), DIGITS),
         "k": evaluate.k,
         "queries_from": evaluate.queries if isinstance(evaluate.queries, str) else "passages",
         "queries": len(next(iter(found.values()))),
@@ -71,7 +72,7 @@ def measure_mixed(
     }
 
 
-def ask_mixed(task: MixedTask) -> dict[str, list[float]]:
+def ask(task: AnswersTask) -> dict[str, list[float]]:
     """The figures of each query, by name. Memory: what a reader of the version takes, and the models."""
     catalog = Catalog(connect(task.root), task.manifest["index"])
     if task.relevance is None or isinstance(task.queries, int):
@@ -88,9 +89,9 @@ def ask_mixed(task: MixedTask) -> dict[str, list[float]]:
     }
 
 
-def _overlap(task: MixedTask, catalog: Catalog) -> np.ndarray:
-    """The share of the old version's answers that the mixed one gives, float64 (q,); 1 where there were none."""
-    old = catalog.manifest(MixedParts.of(task.manifest).old)
+def _overlap(task: AnswersTask, catalog: Catalog) -> np.ndarray:
+    """The share of the old version's answers that the version gives, float64 (q,); 1 where there were none."""
+    old = catalog.manifest(task.old)
     if isinstance(task.queries, int):
         texts = sample_texts(catalog, old, min(task.queries, MOST_QUERIES))
     else:
@@ -101,7 +102,7 @@ def _overlap(task: MixedTask, catalog: Catalog) -> np.ndarray:
     return overlap
 
 
-def _ask(task: MixedTask, catalog: Catalog, texts: Sequence[str], k: int) -> np.ndarray:
+def _ask(task: AnswersTask, catalog: Catalog, texts: Sequence[str], k: int) -> np.ndarray:
     with OpenIndex(catalog, "measured", task.manifest, task.trust_remote_code) as index:
         ids: np.ndarray = index.search(texts, k).ids
     return ids
