@@ -81,6 +81,10 @@ class Backfill:
                 advance(1, f"{record['share']:.0%} embedded, {quality_text(record)}")
         return records
 
+    def start(self) -> dict[str, Any]:
+        """The first step alone: the old version, as one of which nothing is in the new space yet."""
+        return self._step(0, [], None)
+
     def parts(self) -> list[list[str]]:
         """The passages fragments of each step, which holds those of the steps before it: none in the first, and in the
         last fewer than all, as all are the new version itself."""

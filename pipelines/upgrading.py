@@ -21,12 +21,15 @@ from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import area_under_quality
 from penstock.operators.identity import fingerprint
 from penstock.pipelines.backfilling import Backfill, BackfillStopped, refuse_fall
-from penstock.pipelines.canary import Canary
+from penstock.pipelines.bridges import answers_through_bridge, fit_bridges
+from penstock.pipelines.canary import canary
+from penstock.pipelines.canary_sample import Canary, TakenSample
 from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade
 from penstock.pipelines.history import new_run_id, read_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
 from penstock.pipelines.measuring_answers import measure_answers
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
+from penstock.pipelines.model_pair import ModelPair
 from penstock.pipelines.planning import (
     FragmentFacts,
     Plan,
@@ -143,29 +146,58 @@ class Upgrading:
         embedded = embedded_of(resolved, facts)
         done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
         names = frozenset(name for name, fragment in embedded.embeddings.items() if fragment in done)
-        pace = self._canary.pace()
         index = self.base.manifest["bytes_per_vector"] * resolved.encoder.dimension / self.base.manifest["dimension"]
         overlap = Overlap(embedded.rows * vector_bytes(resolved), round(embedded.rows * index))
         settings = self.settings
         window = None if settings.window is None else DailyWindow.parse(settings.window)
-        found = forecast(facts, names, pace, overlap, settings.prices, window, datetime.now())
+        found = forecast(facts, names, self._pace(), overlap, settings.prices, window, datetime.now())
         record = found.to_json() | {"reused": self._reused(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(self.store, f"{self.folder}/plan.json", record)
         return record
 
     def canary(self) -> dict[str, Any]:
-        """Both models on a sample."""
-        return self._canary.report()
+        """Both models on a sample, and adapters between their spaces."""
+        path = f"{self.folder}/canary.json"
+        found = read_json(self.store, path)
+        if found is None or found["bridges"]["fingerprint"] != self._bridges["fingerprint"]:
+            found = canary(self.session, self._taken, self._bridges)
+            write_json(self.store, path, found)
+        return found
 
     def bridge(self) -> dict[str, Any]:
-        """Adapters between their spaces."""
-        return self._canary.bridge()
+        """Answer from the old version, as one of which nothing is in the new space yet: the first step of a backfill,
+        with the adapters that passed their gate."""
+        if not answers_through_bridge(self._bridges):
+            self.reporter.warn(
+                "no adapter of queries passed its gate: while both models are live queries are encoded with both"
+            )
+        return {**_without_queries(self._backfill.start()), "bridges": self._bridges}
 
     def backfill(self) -> dict[str, Any]:
         """Embed, and publish on the way."""
+        return {"steps": [_without_queries(step) for step in self._backfill.run()]}
+
+    @cached_property
+    def _taken(self) -> TakenSample:
+        """The sample in both spaces: new vectors are found by the backfill, and not made again."""
+        resolved, facts = self.prepared
+        pair, settings = ModelPair(self.old, resolved, self.base.manifest), self.settings
+        run_id = new_run_id(f"{self.catalog.index}-canary")
+        with acquire(self.store, self.catalog.index, run_id):
+            sampling = (pair, facts, settings.sample, settings.seed)
+            return Canary(self.session, self.store, self.reporter, self.origin, run_id, *sampling).take()
+
+    @cached_property
+    def _bridges(self) -> dict[str, Any]:
+        settings = self.settings
+        declared = settings.compatible_with is not None
+        return fit_bridges(self.session, self.store, self.reporter, self._taken, settings.recovery, declared)
+
+    @cached_property
+    def _backfill(self) -> Backfill:
         resolved, facts = self.prepared
         old = chosen_before(self.old, self.store, self.base.manifest["rows"])
-        steps = Backfill(
+        return Backfill(
             self.session,
             self.store,
             self.reporter,
@@ -176,9 +208,17 @@ class Upgrading:
             old.pipeline.index,
             resolved,
             facts,
-            self._canary.bridge_folder(),
-        ).run()
-        return {"steps": [_without_queries(step) for step in steps]}
+            f"bridges/{self._bridges['fingerprint']}" if self._bridges["directions"] else None,
+        )
+
+    def _pace(self) -> Pace:
+        measured = self._taken.about["throughput"]
+        if measured is None:
+            raise ValueError(
+                f"sample ({self.settings.sample} passages) must hold one whose vector was not known before, to measure "
+                "how fast the new model is; raise upgrade.sample"
+            )
+        return Pace(measured["tokens_per_s_by_worker"], measured["workers"])
 
     def flip(self) -> dict[str, Any]:
         """Publish the whole corpus in the new space, and point the alias to it if that is no worse than before."""
