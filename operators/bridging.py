@@ -189,6 +189,7 @@ class BridgeRecord:
         sample_hash: `sample_hash` of what it was fitted to, `documents` and `queries` how many pairs that were.
         candidates: the mean quality on held-out queries of each fit tried, in the order tried.
         adapter_hash: Adapter.content_hash of the chosen one.
+        length: what mapped documents are shortened to, `mean_cosine` on pairs that the adapter was not fitted to.
     """
 
     direction: Direction
@@ -202,6 +203,7 @@ class BridgeRecord:
     candidates: tuple[tuple[Fit, Interval], ...]
     adapter_hash: str
     verdict: Verdict
+    length: float = 1.0
 
     def refuse_other(self, adapter: Adapter, source_space: str, target_space: str) -> None:
         """Refuses to map between other spaces than the recorded, or by another adapter.
@@ -235,6 +237,7 @@ class BridgeRecord:
             "candidates": [_fit_to_json(fit) | {"quality": found.to_json()} for fit, found in self.candidates],
             "adapter_hash": self.adapter_hash,
             "verdict": self.verdict.to_json(),
+            "length": self.length,
         }
 
     @classmethod
@@ -261,6 +264,7 @@ class BridgeRecord:
             tuple((_fit_from_json(one), Interval(**one["quality"])) for one in value["candidates"]),
             value["adapter_hash"],
             Verdict(Interval(**verdict["recovery"]), Interval(**verdict["over_control"]), verdict["least_recovery"]),
+            value.get("length", 1.0),
         )
 
 
