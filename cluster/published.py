@@ -100,14 +100,18 @@ def open_searcher(
     return searcher
 
 
-def open_stored(store: Store, shard: ShardRecord) -> StoredVectors | None:
-    """The shard's vectors as stored for re-ranking, memory-mapped; None where none are."""
-    if all(record.name != shard_file(shard.shard, VECTORS) for record in shard.files):
-        return None
+def open_stored(store: Store, shard: ShardRecord) -> tuple[pa.ChunkedArray, StoredVectors]:
+    """The ids of a shard's rows, and the vectors that are stored of them, both memory-mapped.
+
+    For shards that have vectors; the ids stay mapped for as long as the vectors do.
+    """
     with ExitStack() as files:
-        vectors = open_vectors(files.enter_context(hold_file(store, shard.folder, _record(shard, VECTORS))))
-        weakref.finalize(vectors, files.pop_all().close)
-    return vectors
+        ids, vectors = (
+            files.enter_context(hold_file(store, shard.folder, _record(shard, kind))) for kind in (IDS, VECTORS)
+        )
+        opened = read_ipc(ids).column("id"), open_vectors(vectors)
+        weakref.finalize(opened[1], files.pop_all().close)
+    return opened
 
 
 def open_ids(store: Store, shard: ShardRecord) -> pa.Table:

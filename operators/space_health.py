@@ -77,13 +77,16 @@ class DriftRule:
         return asdict(self) | {"alarm": self.alarm}
 
 
-def space_health(moments: Moments, sample: np.ndarray, metric: Metric, k: int = K) -> SpaceHealth:
+def space_health(
+    moments: Moments, sample: np.ndarray, metric: Metric, k: int = K, counts: np.ndarray | None = None
+) -> SpaceHealth:
     """The figures of a space. Cost: one eigendecomposition, and n^2 d for the neighbours within the sample.
 
     Args:
         moments: of all rows.
         sample: float32 (n, d), of more than k rows; 25,000 make figures that hardly vary.
         metric: what neighbours are compared by.
+        counts: `k_occurrences` of the sample, where they are known.
 
     Raises:
         ValueError: a sample of k rows or fewer, of another dimension, or with a row that is zero.
@@ -95,7 +98,7 @@ def space_health(moments: Moments, sample: np.ndarray, metric: Metric, k: int = 
     lengths = np.linalg.norm(sample.astype(np.float64), axis=1)
     if lengths.min() == 0:
         raise ValueError(f"row {int(lengths.argmin())} of the sample (length 0) has no direction; drop the row")
-    counts = k_occurrences(sample, k, metric)
+    counts = k_occurrences(sample, k, metric) if counts is None else counts
     hubs = counts >= HUB_OCCURRENCES * k
     return SpaceHealth(
         rows=moments.rows,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from penstock.cluster.catalog import AliasEntry, Catalog, Reason
-from penstock.cluster.jobs.priorities import PriorityTask, fragment_priorities
+from penstock.cluster.jobs.priorities import FragmentPriority, PriorityTask, fragment_priorities
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.leases import acquire
 from penstock.cluster.session import Session
@@ -130,7 +130,7 @@ class Backfill:
             )
             for start in range(0, len(fragments), FRAGMENTS_PER_TASK)
         ]
-        priorities = {}
+        priorities: dict[str, FragmentPriority] = {}
         with self.reporter.stage("priority", len(fragments), "fragments") as advance:
             for group in self.session.stream(fragment_priorities, tasks):
                 priorities |= {one.fragment: one for one in group}

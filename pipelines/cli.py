@@ -30,7 +30,6 @@ from penstock.operators.encoding import ModelMismatch, TextRefused
 from penstock.operators.filtering import parse_where
 from penstock.operators.models import ModelUnavailable
 from penstock.pipelines.backfilling import BackfillStopped
-from penstock.pipelines.canary import canary_page
 from penstock.pipelines.cleanup import DEFAULT_GRACE_HOURS, GraceTooShort, collect_garbage
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.diffing import compare
@@ -57,10 +56,11 @@ from penstock.pipelines.reporting import (
     records_table,
     report_view,
     tuning_view,
-    upgrade_view,
     with_duplicates,
 )
 from penstock.pipelines.tuning import unmet
+from penstock.pipelines.upgrade_pages import canary_page
+from penstock.pipelines.upgrade_views import upgrade_view
 from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
 
 EXIT_FAILED = 1

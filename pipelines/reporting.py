@@ -101,55 +101,6 @@ def curve_view(record: dict[str, Any]) -> RenderableType:
     return Group(table, Text(words))
 
 
-def upgrade_view(record: dict[str, Any]) -> RenderableType:
-    """What an upgrade takes, what the models are worth, and what was done."""
-    views: list[RenderableType] = [Text(f"{record['old']['model']} → {record['new']} (index {record['index']})")]
-    if "plan" in record:
-        views.append(_upgrade_plan(record["plan"]))
-    if "canary" in record:
-        views.append(canary_view(record["canary"]))
-    if "bridge" in record:
-        views.append(bridge_view(record["bridge"]))
-    if "backfill" in record:
-        views.append(_backfill_table(record["backfill"]["steps"]))
-    if "flip" in record:
-        views.append(_flip_text(record["flip"], record))
-    return Group(*views)
-
-
-def _upgrade_plan(plan: dict[str, Any]) -> RenderableType:
-    table = Table.grid(padding=(0, 2))
-    reused = ", ".join(name.replace("_", " ") for name, kept in plan["reused"].items() if kept) or "nothing"
-    for name, value in (
-        ("passages to embed", f"{plan['rows_to_embed']:,} of {plan['rows']:,}, {plan['tokens_to_embed']:,} tokens"),
-        ("measured", f"{plan['tokens_per_s_per_worker']:,.0f} tokens/s a worker, {plan['workers']} workers"),
-        ("takes", f"{plan['worker_hours']:,.2f} worker-hours, until {plan['finishes']}, cost {plan['cost']:,.2f}"),
-        ("storage meanwhile", f"{plan['overlap_bytes']:,} bytes, cost {plan['overlap_cost']:,.2f}"),
-        ("reused", reused),
-    ):
-        table.add_row(name, value)
-    return table
-
-
-def _backfill_table(steps: list[dict[str, Any]]) -> RenderableType:
-    table = _table("embedded", "passages", "encoded", "quality", "version")
-    for step in steps:
-        cells = f"{step['share']:.0%}", f"{step['rows']:,}", f"{step['encoded']:,}", quality_text(step)
-        _row(table, *cells, step["version"])
-    return table
-
-
-def _flip_text(flip: dict[str, Any], record: dict[str, Any]) -> Text:
-    area = flip["area_under_quality"]
-    mean = "" if area is None else f"; mean over the backfill {area:.4f}"
-    words = (
-        f"alias {flip['alias']} points to version {flip['version']} ({flip['rows']:,} passages, {quality_text(flip)}{mean}). "
-        f"Now set embedding.model to {record['new']} in the file. `penstock rollback` returns to "
-        f"{flip.get('previous') or record['old']['version']}."
-    )
-    return Text(words)
-
-
 def difference_view(difference: Difference) -> RenderableType:
     """Two versions side by side, and what became of documents and answers."""
     table = _table("", "old", "new")

@@ -63,10 +63,18 @@ def forecast(
         done: passages fragments whose vectors are there.
         overlap: for the whole corpus.
         now: local time.
+
+    Raises:
+        ValueError: there are tokens to embed, and no pace.
     """
     kept = [fact for fact in facts if fact.kept]
     todo = [fact for fact in kept if fact.passages not in done]
     tokens = sum(fact.tokens for fact in todo)
+    if tokens and not pace.tokens_per_s:
+        raise ValueError(
+            f"sample of the new model must hold a passage that was not embedded before, as {tokens:,} tokens are left "
+            "and their pace is unknown; raise upgrade.sample"
+        )
     worker_hours = tokens / pace.tokens_per_s / 3600 if tokens else 0.0
     busy = timedelta(hours=worker_hours / pace.workers)
     end = finish(now, busy, window)

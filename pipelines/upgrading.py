@@ -4,7 +4,7 @@ What is done is recorded under `upgrades/INDEX/ID` and not done again. Passages,
 ordinary runs, so that the flip publishes what a fresh run with the new model would.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -26,7 +26,7 @@ from penstock.pipelines.canary import canary
 from penstock.pipelines.canary_sample import Canary, TakenSample
 from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade
 from penstock.pipelines.history import new_run_id, read_run
-from penstock.pipelines.loading import Origin, PipelineFileInvalid
+from penstock.pipelines.loading import Origin
 from penstock.pipelines.measuring_answers import measure_answers
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.model_pair import ModelPair
@@ -35,7 +35,6 @@ from penstock.pipelines.planning import (
     Plan,
     Resolved,
     chosen_before,
-    decided_before,
     embedded_of,
     finished_fragments,
     make_plan,
@@ -213,11 +212,8 @@ class Upgrading:
 
     def _pace(self) -> Pace:
         measured = self._taken.about["throughput"]
-        if measured is None:
-            raise ValueError(
-                f"sample ({self.settings.sample} passages) must hold one whose vector was not known before, to measure "
-                "how fast the new model is; raise upgrade.sample"
-            )
+        if measured is None:  # all of the sample was known
+            return Pace(0.0, 1)
         return Pace(measured["tokens_per_s_by_worker"], measured["workers"])
 
     def flip(self) -> dict[str, Any]:
@@ -233,7 +229,9 @@ class Upgrading:
         manifest = self.catalog.manifest(str(version))
         missed = [check for check in manifest["gate"] if not check["passed"]]
         record = measure_answers(self.session, self.store.url, manifest, self.base.version, plan.resolved)
-        record |= {"version": version, "rows": manifest["rows"], "gate": manifest["gate"]}
+        entries = [] if report is None else [one for one in report.entries if one.stage == EMBEDDINGS]
+        encoded = sum(entry.encoded for entry in entries)
+        record |= {"version": version, "rows": manifest["rows"], "encoded": encoded, "gate": manifest["gate"]}
         if missed:
             raise BackfillStopped(
                 f"version {version} failed its gate ({', '.join(check['name'] for check in missed)}): the alias stays "
@@ -304,7 +302,12 @@ def refuse_same_space(base: Base, new: Resolved) -> None:
     Raises:
         NothingToUpgrade: naming the model.
     """
-    recorded = base.manifest["model"]
+    recorded, declared = base.manifest["model"], new.pipeline.upgrade.compatible_with
+    if declared not in (None, recorded["reference"]):
+        raise NothingToUpgrade(
+            f"upgrade.compatible_with ({declared}) must be the model of version {base.version}, which is "
+            f"{recorded['reference']}; leave it out where the new model was not trained to be"
+        )
     same = [recorded[name] == value for name, value in _identity(new).items()]
     if all(same):
         raise NothingToUpgrade(

@@ -2,7 +2,7 @@
 
 import heapq
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -57,7 +57,7 @@ def most_asked(path: str, most: int = MOST_LOGGED) -> dict[str, float]:
     Raises:
         QueriesInvalid: a line that is no query, or no query at all.
     """
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = defaultdict(float)
     for number, line in enumerate(_lines(path), 1):
         text, count = _logged(path, number, line)
         counts[text] += count
@@ -69,18 +69,16 @@ def most_asked(path: str, most: int = MOST_LOGGED) -> dict[str, float]:
 def sampled_vectors(catalog: Catalog, manifest: dict[str, Any], count: int) -> np.ndarray:
     """Stored vectors float32 (n, d), spread over the shards; none where the version stores none. Rows lie in the order
     of a hash: the first are a random sample."""
+    if manifest["stored"] is None:
+        return np.empty((0, int(manifest["dimension"])), np.float32)
     shards = shards_of(manifest, catalog.version_folder(manifest["version"]))
     each = -(-count // len(shards))
-    parts = []
-    for shard in shards:
-        stored = open_stored(catalog.store, shard)
-        if stored is not None:
-            parts.append(stored.take(np.arange(min(each, len(stored)))))
-    return np.concatenate(parts)[:count] if parts else np.empty((0, int(manifest["dimension"])), np.float32)
+    stored = [open_stored(catalog.store, shard)[1] for shard in shards]
+    return np.concatenate([vectors.take(np.arange(min(each, len(vectors)))) for vectors in stored])[:count]
 
 
 def _asked(index: OpenIndex, queries: dict[str, float]) -> dict[str, float]:
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     texts = list(queries)
     for start in range(0, len(texts), BATCH_QUERIES):
         batch = texts[start : start + BATCH_QUERIES]
@@ -91,11 +89,12 @@ def _asked(index: OpenIndex, queries: dict[str, float]) -> dict[str, float]:
 
 
 def _near(index: OpenIndex, vectors: np.ndarray) -> dict[str, float]:
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for start in range(0, len(vectors), BATCH_QUERIES):
         for table in index.search(vectors[start : start + BATCH_QUERIES], K + 1, rows=True).rows or []:
-            found.update(table.column("document_id").to_pylist()[1:])  # the first is the passage itself
-    return {document: float(count) for document, count in found.items()}
+            for document in table.column("document_id").to_pylist()[1:]:  # the first is the passage itself
+                found[document] += 1
+    return dict(found)
 
 
 def _lines(path: str) -> Iterator[bytes]:

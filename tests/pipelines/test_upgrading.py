@@ -1,0 +1,95 @@
+"""An index moves from one real model to another while it is searched, and through crashes."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.session import Session
+from penstock.cluster.storage import open_store
+from penstock.pipelines.mixed_format import is_mixed
+from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
+
+from .conftest import MODEL, Document, Workspace, published_vectors
+
+OLD = {"model": MODEL, "precision": "float32", "layers": 3, "layers_trained": True, "batch_tokens": 2048}
+NEW = {"model": MODEL, "precision": "float32", "batch_tokens": 2048, "workers": {"count": 1}}
+
+
+def workspace_of(folder: Path, texts: list[str]) -> Workspace:
+    """90 documents with 45 judged queries: the first words of every other document."""
+    queries = folder / "queries.jsonl"
+    settings: dict[str, Any] = {
+        "embedding": {**OLD, "workers": {"count": 1}},
+        "index": {"family": "flat", "shards": 2, "recall": 1.0, "rerank": True},
+        "documents__fragment_bytes": 4_096,
+        "evaluate": {"queries": str(queries), "relevance": str(folder / "judged.tsv"), "k": 5},
+        "upgrade": {"embedding": NEW, "sample": 60, "steps": 4, "traffic": "visits"},
+        "documents__keep": {"topic": "string", "visits": "int64"},
+    }
+    workspace = Workspace(folder, settings)
+    documents: list[Document] = [
+        {"id": f"d{number:02d}", "text": text, "topic": f"t{number % 3}", "visits": 1 + 99 * (number // 30 == 2)}
+        for number, text in enumerate(texts[:90])
+    ]
+    for part in range(3):
+        workspace.write(f"part-{part}.jsonl", documents[part * 30 : part * 30 + 30])
+    asked = [(f"q{number}", documents[number]) for number in range(0, 90, 2)]
+    lines = [json.dumps({"id": name, "text": " ".join(one["text"].split()[:9])}) for name, one in asked]
+    queries.write_text("\n".join(lines) + "\n", "utf-8")
+    judged = ["query-id\tcorpus-id\tscore", *(f"{name}\t{one['id']}\t1" for name, one in asked)]
+    (folder / "judged.tsv").write_text("\n".join(judged) + "\n", "utf-8")
+    return workspace
+
+
+def test_an_index_moves_to_another_model_step_by_step(
+    ray_session: Session, tmp_path: Path, real_texts: list[str]
+) -> None:
+    workspace = workspace_of(tmp_path, real_texts)
+    old = workspace.pipeline().run()
+    assert old is not None
+    catalog = Catalog(open_store(str(workspace.root)), "test")
+
+    record = workspace.pipeline().upgrade(until=UpgradeStep.PLAN)
+    plan = record["plan"]
+    assert plan["reused"] == {"passages": True, "duplicates": True, "shard_layout": True}
+    assert 0 < plan["rows_to_embed"] == plan["rows"]
+
+    record = workspace.pipeline().upgrade(until=UpgradeStep.BRIDGE)
+    served = catalog.manifest(head(catalog))
+    assert is_mixed(served) and record["bridge"]["version"] == served["version"]
+    assert record["bridge"]["ndcg"] == pytest.approx(catalog.manifest(old.version)["evaluation"]["ndcg"], abs=1e-6)
+
+    record = workspace.pipeline().upgrade()
+    steps = record["backfill"]["steps"]
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert [round(step["share"], 1) for step in steps] == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.13)
+    assert steps[0]["version"] == served["version"]
+    assert record["flip"]["ndcg"] > steps[0]["ndcg"]
+    assert steps[0]["ndcg"] < record["flip"]["area_under_quality"] < record["flip"]["ndcg"]
+    assert head(catalog) == record["flip"]["version"]
+    encoded = record["canary"]["sample"]["throughput"]["encoded"] + record["flip"]["encoded"]
+    encoded += sum(step["encoded"] for step in steps)
+    assert encoded == old.manifest["rows"], "each passage is encoded once with the new model"
+
+    fresh = replace(workspace, settings=workspace.settings | {"embedding": deepcopy(NEW), "root": str(tmp_path / "fresh")})
+    again = fresh.pipeline().run()
+    assert again is not None and again.version == record["flip"]["version"]
+    assert published_vectors(workspace.root) == published_vectors(tmp_path / "fresh")
+
+    with pytest.raises(NothingToUpgrade, match="same weights, prompts and dimension"):
+        workspace.pipeline().upgrade()
+    plan = workspace.pipeline().plan()  # whose file still names the old model
+    assert not plan.alias_moves and "by upgrade: set embedding.model" in plan.notes[0]
+    assert catalog.rollback("live", "test").version == old.version
+
+
+def head(catalog: Catalog) -> str:
+    entry = catalog.alias("live")
+    assert entry is not None
+    return entry.version
+
