@@ -60,8 +60,8 @@ class Found:
         coverage: what was searched; less than everything only where `degraded` was asked for.
         rows: for each query a table of the found rows (id, similarity, document_id, start, end, text, kept columns),
         if asked for.
-        ranks_fused: whether passages of two vector spaces were ordered by their ranks in each, where there are no
-        similarities: these are NaN, in `rows` null.
+        ranks_fused: whether passages of two vector spaces were ordered by their ranks in each: such an order has no
+        similarities, which are NaN, in `rows` null.
     """
 
     ids: np.ndarray

@@ -264,26 +264,40 @@ def test_adapted_documents_are_merged_by_similarity_in_the_new_space(
     assert (by_vectors.ids[:, 0] == found.ids[:, 0]).all() and not found.ranks_fused
 
 
-def test_without_an_adapter_ranks_are_fused_by_shares(ray_session: Session, upgrade: Upgrade, asked: list[str]) -> None:
+def test_without_an_adapter_new_hits_take_the_places_of_superseded_rows(
+    ray_session: Session, upgrade: Upgrade, asked: list[str]
+) -> None:
     manifest = mix(ray_session, upgrade, upgrade.part)
-    old, new = upgrade.vectors(upgrade.old), upgrade.vectors(upgrade.part)
-    live = {name: old[name] for name in live_ids(upgrade, manifest)}
+    live = live_ids(upgrade, manifest)
     with upgrade.opened(upgrade.old) as one, upgrade.opened(upgrade.part) as other:
-        queries = one.encode(asked), other.encode(asked)
+        before, after = one.search(asked, 9).ids, other.search(asked, 9).ids.tolist()
     with upgrade.opened(manifest["version"]) as index:
         found = index.search(asked, 9, rows=True)
     assert found.ranks_fused and np.isnan(found.similarities).all() and found.rows is not None
-    assert found.rows[0].column("similarity").null_count == 9
-    for query in range(len(asked)):
-        weights: dict[str, float] = {}
-        for vectors, part in ((queries[0], live), (queries[1], new)):
-            names = list(part)
-            ranked = np.argsort(-(np.stack([part[name] for name in names]) @ vectors[query]), kind="stable")
-            share = len(part) / (len(live) + len(new))
-            weights |= {names[row]: 1 / (60 + rank / share) for rank, row in enumerate(ranked[:9], start=1)}
-        expected = sorted(weights, key=lambda name: (-np.float32(weights[name]), name))[:9]
+    assert found.rows[0].column("similarity").null_count == 9 and found.coverage.share == 1
+    for query, (old, new) in enumerate(zip(before, after, strict=True)):
+        expected = [name if name in live else new.pop(0) for name in old]
         assert found.ids[query].tolist() == expected
         assert found.rows[query].column("id").to_pylist() == expected
+
+
+@pytest.mark.parametrize("lost", ["old", "new", "mixed"])
+def test_places_without_a_part_or_what_is_superseded(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], lost: str
+) -> None:
+    manifest = mix(ray_session, upgrade, upgrade.part)
+    versions, live = upgrade.root / "indexes/test/versions", live_ids(upgrade, manifest)
+    new = set(upgrade.vectors(upgrade.part))
+    folder = versions / {"old": upgrade.old, "new": upgrade.part, "mixed": manifest["version"]}[lost]
+    for path in [*folder.glob("*.ids.arrow"), *folder.glob("*.superseded.arrow")]:
+        path.unlink()
+    with upgrade.opened(manifest["version"]) as index:
+        with pytest.raises(DamagedFile):
+            index.search(asked)
+        found = index.search(asked, 500, degraded=True)
+    names = {name for name in found.ids[0] if name is not None}
+    assert names == (live if lost == "new" else new)
+    assert found.coverage.missing == ((0, 1) if lost == "new" else (2, 3)) and found.ranks_fused
 
 
 def test_filters_rows_and_lost_shards(ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str) -> None:
