@@ -2,25 +2,25 @@
 old one, and similarities of two vector spaces never meet."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 import numpy as np
 import pyarrow as pa
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.shards import FileRecord
-from penstock.cluster.jobs.superseded import LINKS, SUPERSEDED, open_links, open_superseded
+from penstock.cluster.jobs.superseded import LINKS, NAMES, SUPERSEDED, open_links, open_names, open_superseded
 from penstock.cluster.published import hold_file
 from penstock.cluster.storage import Store
 from penstock.operators.adapters import Adapter
 from penstock.operators.bridging import BridgeRecord, Direction
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.mixed_spaces import AdaptedVectors, SpacedHits, compared_again, fill_places, merge_within_space
-from penstock.operators.searching import Hits, SearchParameters, StoredVectors, merge_hits
+from penstock.operators.searching import Hits, SearchParameters, StoredVectors, empty_hits, merge_hits
 from penstock.pipelines.mixed_format import MixedParts, QueryMode
 from penstock.pipelines.opened import (
     Found,
@@ -42,6 +42,9 @@ from penstock.pipelines.query_encoder import QueryEncoder
 # (384 and 256 dimensions, mean and first token; 4,000 abstracts and docstrings, a tenth embedded again) 4 find 0.997
 # and 0.83 to 0.92 of what comparing all would, and from 2 on nDCG@10 is that of all within 0.003.
 COMPARED_PER_HIT = 4
+
+
+T = TypeVar("T")
 
 
 class Way(StrEnum):
@@ -99,7 +102,8 @@ class OpenMixed:
         self._named = MixedParts.of(manifest)
         folder = catalog.version_folder(manifest["version"])
         self._live = _live_rows(catalog.store, folder, self._named)
-        self._links = _links(catalog.store, folder, self._named)
+        self._links = _by_shard(catalog.store, folder, self._named, LINKS, open_links)
+        self._names = _by_shard(catalog.store, folder, self._named, NAMES, open_names)
         self._bridges = {
             direction: Lazily(
                 f"adapter {direction} of {folder}",
@@ -166,9 +170,11 @@ class OpenMixed:
         for part, live in ((self.new, self._named.new_live), (self.old, self._named.old_live)):
             if part is not None and live:
                 part.warm_shards(before.main)
-        for number, mask in self._live.masks.items():
-            if self.old.shards[number].searcher.ready:
-                mask.get()
+        for number, shard in self.old.shards.items():
+            if shard.searcher.ready:
+                for files in (self._live.masks, self._names):
+                    if number in files:
+                        files[number].get()
         for bridge in self._bridges.values():
             bridge.get()
         if any(encoder.loaded for encoder in before.encoders):
@@ -237,8 +243,8 @@ class OpenMixed:
         )
 
     def _find_live(self, queries: np.ndarray, request: Request) -> Searched:
-        """Of the old part what counts: more than k, where hits are compared again or may be left out."""
-        return self.old.find(queries, replace(request, k=self._depth(request.k)), self._live)
+        """Of the old part what counts: more than k, where hits are compared again."""
+        return self._named_now(self.old.find(queries, replace(request, k=self._depth(request.k)), self._live), request)
 
     def _find_places(self, queries: np.ndarray, request: Request) -> Searched:
         """The old ranking of all rows, as before; without shards of which it cannot be told what is superseded."""
@@ -246,6 +252,19 @@ class OpenMixed:
         for number in self._live.masks.keys() & searched.hits.keys():
             if opened(self._live.masks[number], request.degraded) is None:
                 del searched.hits[number]
+        return self._named_now(searched, request)
+
+    def _named_now(self, searched: Searched, request: Request) -> Searched:
+        """With the ids that rows go by which stand in for other documents than their own."""
+        for number in self._names.keys() & searched.hits.keys():
+            names = opened(self._names[number], request.degraded)
+            if names is None:
+                del searched.hits[number]
+                continue
+            rows, ids = names
+            hits = searched.hits[number]
+            place = np.searchsorted(rows, hits.rows).clip(max=len(rows) - 1)
+            searched.hits[number] = replace(hits, ids=np.where(rows[place] == hits.rows, ids[place], hits.ids))
         return searched
 
     def _depth(self, k: int) -> int:
@@ -253,9 +272,7 @@ class OpenMixed:
         match self.way:
             case Way.ADAPTED:
                 return k * COMPARED_PER_HIT
-            case Way.ONE_SPACE:
-                return 2 * k if self._stands_in else k
-            case Way.PLACES:
+            case Way.ONE_SPACE | Way.PLACES:
                 return k
             case _:
                 assert_never(self.way)
@@ -267,8 +284,6 @@ class OpenMixed:
         old = SpacedHits(self._old_space, merge_hits(found_old, self._depth(k))) if found_old else None
         if self.way is Way.PLACES:
             return self._in_places(old, new, k)
-        if old and new and self._stands_in:
-            old = replace(old, hits=_without(old.hits, _twice(old.hits, new.hits)))
         spaced = [new, self._comparable(old, asked) if old else None]
         return merge_within_space([part for part in spaced if part], k).hits
 
@@ -277,13 +292,10 @@ class OpenMixed:
         given = old or new
         if given is None:
             raise ValueError(f"hits to merge of version {self.version} must be of one shard at least, got none")
-        nothing = _without(given.hits, np.ones(given.hits.rows.shape, bool))
+        nothing = empty_hits(*given.hits.rows.shape)
         before = old or SpacedHits(self._old_space, nothing)
         after = new or SpacedHits(self._new_space, nothing)
-        superseded = self._superseded(before.hits)
-        if self._stands_in:
-            superseded |= _twice(before.hits, after.hits)
-        return fill_places(before, superseded, after, k)
+        return fill_places(before, self._superseded(before.hits), after, k)
 
     def _superseded(self, hits: Hits) -> np.ndarray:
         """bool (q, k): which hits of the old part count no more."""
@@ -310,11 +322,6 @@ class OpenMixed:
         return self._shards[number].searcher.get().vectors
 
     @property
-    def _stands_in(self) -> bool:
-        """Whether old rows count whose document the new part has: an id may then be in both."""
-        return any(shard.standing_in for shard in self._named.shards)
-
-    @property
     def _new_space(self) -> str:
         return str(self.manifest["model"]["space"])
 
@@ -327,37 +334,21 @@ class OpenMixed:
 
 
 def _live_rows(store: Store, folder: str, named: MixedParts) -> LiveRows:
-    def mask(file: FileRecord) -> np.ndarray:
+    def mask(store: Store, folder: str, file: FileRecord) -> np.ndarray:
         return ~open_superseded(store, folder, file)
 
-    return LiveRows(
-        {shard.shard: shard.live for shard in named.shards},
-        {
-            shard.shard: Lazily(f"superseded rows of shard {shard.shard} of {folder}", partial(mask, file))
-            for shard in named.shards
-            if shard.superseded and (file := shard.file(SUPERSEDED)) is not None
-        },
-    )
+    counts = {shard.shard: shard.live for shard in named.shards}
+    masks = _by_shard(store, folder, named, SUPERSEDED, mask)
+    fewer = {shard.shard for shard in named.shards if shard.superseded}
+    return LiveRows(counts, {number: masks[number] for number in masks.keys() & fewer})
 
 
-def _links(store: Store, folder: str, named: MixedParts) -> dict[int, Lazily[pa.Table]]:
-    """Of the old shards whose links are not those of the old version any more."""
+def _by_shard(
+    store: Store, folder: str, named: MixedParts, kind: str, read: Callable[[Store, str, FileRecord], T]
+) -> dict[int, Lazily[T]]:
+    """What the old shards that have such a file hold in it."""
     return {
-        shard.shard: Lazily(f"links of shard {shard.shard} of {folder}", partial(open_links, store, folder, file))
+        shard.shard: Lazily(f"{file.name} of {folder}", partial(read, store, folder, file))
         for shard in named.shards
-        if (file := shard.file(LINKS)) is not None
+        if (file := shard.file(kind)) is not None
     }
-
-
-def _without(hits: Hits, dropped: np.ndarray) -> Hits:
-    """Hits but for some, bool (q, k), whose places are unfilled then."""
-    left = Hits(hits.ids.copy(), hits.similarities.copy(), hits.shards.copy(), hits.rows.copy())
-    left.ids[dropped], left.similarities[dropped] = None, np.nan
-    left.shards[dropped], left.rows[dropped] = -1, -1
-    return left
-
-
-def _twice(hits: Hits, others: Hits) -> np.ndarray:
-    """bool (q, k): which hits have the id of one of the others of the same query."""
-    twice = np.array([np.isin(own, other) for own, other in zip(hits.ids, others.ids, strict=True)], bool)
-    return twice.reshape(hits.rows.shape) & (hits.rows >= 0)

@@ -97,7 +97,8 @@ class Upgrade:
 
 @pytest.fixture(scope="module")
 def made(ray_session: Session, tmp_path_factory: pytest.TempPathFactory, real_texts: list[str]) -> Upgrade:
-    """48 documents in three files, some of which have the text of one in another file."""
+    """48 documents in three files, some of which have the text of one in another file; before the new model comes, some
+    of the first file change, which have or had the text of others."""
     workspace = Workspace(tmp_path_factory.mktemp("mixed"), {"index": INDEX, "passages__overlap": 0})
     documents = [
         {"id": f"d{i:02d}", "text": text, "topic": f"t{i % 3}", "file": i // 16}
@@ -110,6 +111,11 @@ def made(ray_session: Session, tmp_path_factory: pytest.TempPathFactory, real_te
     for file in range(3):
         workspace.write(f"part-{file}.jsonl", [one for one in documents if one["file"] == file])
     old = workspace.pipeline(embedding__layers=LAYERS, embedding__layers_trained=True).run()
+    for one in documents:
+        if one["id"] in ("d05", "z-copy2", "b-copy4"):
+            one["after"] = f"Now {one['id']} says: {real_texts[60]}"
+    first = [{**one, "text": one.get("after", one["text"])} for one in documents if one["file"] == 0]
+    workspace.write("part-0.jsonl", first)
     versions = []
     for pattern in (f"{workspace.corpus}/part-0.jsonl", f"{workspace.corpus}/*.jsonl"):
         report = workspace.pipeline(documents__path=pattern, publish={}).run()
@@ -182,18 +188,32 @@ def same(first: Found, second: Found) -> bool:
 
 
 def live_ids(upgrade: Upgrade, manifest: dict[str, Any]) -> set[str]:
-    """Passages of the old version that count, by the files of the mixed one."""
+    """Passages of the old version that count, under the ids they go by, by the files of the mixed one."""
     versions = upgrade.root / "indexes/test/versions"
     live: set[str] = set()
     for shard in MixedParts.of(manifest).shards:
         ids = pa.ipc.open_file(versions / upgrade.old / f"shard-{shard.shard:05d}.ids.arrow").read_all()
-        gone = np.zeros(shard.rows, bool)
-        if shard.files:
-            path = versions / manifest["version"] / f"shard-{shard.shard:05d}.superseded.arrow"
-            gone = pa.ipc.open_file(path).read_all().column("superseded").to_numpy()
+        names, gone = np.array(ids.column("id").to_pylist(), object), np.zeros(shard.rows, bool)
+        own = {file.name.split(".")[1]: versions / manifest["version"] / file.name for file in shard.files}
+        if own:
+            gone = pa.ipc.open_file(own["superseded"]).read_all().column("superseded").to_numpy()
+        if "names" in own:
+            now = pa.ipc.open_file(own["names"]).read_all()
+            names[now.column("row").to_numpy()] = now.column("id").to_pylist()
         assert gone.sum() == shard.superseded and len(gone) == shard.rows
-        live |= set(np.array(ids.column("id").to_pylist(), object)[~gone])
+        live |= set(names[~gone])
     return live
+
+
+def renamed(upgrade: Upgrade, manifest: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The same by the ids that old rows go by."""
+    folders = [upgrade.root / "indexes/test/versions" / version for version in (upgrade.old, manifest["version"])]
+    for path in folders[1].glob("*.names.arrow"):
+        ids = pa.ipc.open_file(folders[0] / path.name.replace("names", "ids")).read_all().column("id").to_pylist()
+        now = pa.ipc.open_file(path).read_all()
+        pairs = zip(now.column("row").to_pylist(), now.column("id").to_pylist(), strict=True)
+        old |= {name: old[ids[row]] for row, name in pairs}
+    return old
 
 
 # ---- what is superseded
@@ -204,22 +224,26 @@ def test_every_document_is_answered_and_none_twice(ray_session: Session, upgrade
     version = upgrade.new if whole else upgrade.part
     manifest = mix(ray_session, upgrade, version)
     new, live, done = upgrade.vectors(version), live_ids(upgrade, manifest), upgrade.done(version)
-    assert not {name for name in live if name.rpartition("#")[0] in done}
+    assert not {name for name in live if name.rpartition("#")[0] in done} and not live & set(new)
     texts = {str(one["id"]): str(one["text"]) for one in upgrade.documents}
+    texts |= {str(one["id"]): str(one["after"]) for one in upgrade.documents if "after" in one}
     with upgrade.opened(manifest["version"]) as index:
         rows = index.search("any", 500, rows=True)
         assert rows.rows is not None and set(rows.ids[0]) - {None} == live | set(new)
         links = index.duplicates(list(live | set(new))).to_pylist()
-        found = rows.rows[0].column("text").to_pylist()
-        assert len(found) == len({text for text in found}) == len(index)
+        found = {row["id"]: row for row in rows.rows[0].to_pylist()}
+        assert len(found) == len({row["text"] for row in found.values()}) == len(index)
+    for name, row in found.items():
+        assert row["document_id"] == name.rpartition("#")[0] and row["text"] in texts[row["document_id"]]
     stated = [one["id"] for one in links]
     assert len(stated) == len(set(stated)) == manifest["duplicates"] and not set(stated) & (live | set(new))
     for one in links:
-        assert texts[one["document_id"]] == texts[one["represented_by"].rpartition("#")[0]]
+        assert found[one["represented_by"]]["text"] in texts[one["document_id"]]
     reached = {name.rpartition("#")[0] for name in live | set(new) | set(stated)}
     assert reached == {str(one["id"]) for one in upgrade.documents}
     assert manifest["rows"] == len(live) + len(new) and manifest["documents"] == len(upgrade.documents)
     assert [part["rows"] for part in manifest["parts"]] == [len(live), len(new)]
+    assert any(shard["standing_in"] for shard in manifest["shards"]) != whole
 
 
 # ---- answers
@@ -245,7 +269,7 @@ def test_adapted_documents_are_merged_by_similarity_in_the_new_space(
     ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str, queries: QueryMode
 ) -> None:
     manifest = mix(ray_session, upgrade, upgrade.part, bridge, queries)
-    old, new = upgrade.vectors(upgrade.old), upgrade.vectors(upgrade.part)
+    old, new = renamed(upgrade, manifest, upgrade.vectors(upgrade.old)), upgrade.vectors(upgrade.part)
     live = sorted(live_ids(upgrade, manifest))
     adapter, _ = fitted(upgrade, Direction.DOCUMENTS_TO_NEW)
     mapped = adapter.apply(np.stack([old[name] for name in live])) * np.float32(LENGTH)
@@ -275,8 +299,10 @@ def test_without_an_adapter_new_hits_take_the_places_of_superseded_rows(
         found = index.search(asked, 9, rows=True)
     assert found.ranks_fused and np.isnan(found.similarities).all() and found.rows is not None
     assert found.rows[0].column("similarity").null_count == 9 and found.coverage.share == 1
+    identities = renamed(upgrade, manifest, {name: name for name in upgrade.vectors(upgrade.old)})
+    names = {name: now for now, name in identities.items() if now != name}
     for query, (old, new) in enumerate(zip(before, after, strict=True)):
-        expected = [name if name in live else new.pop(0) for name in old]
+        expected = [names.get(name, name) if names.get(name, name) in live else new.pop(0) for name in old]
         assert found.ids[query].tolist() == expected
         assert found.rows[query].column("id").to_pylist() == expected
 
