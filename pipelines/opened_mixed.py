@@ -57,19 +57,25 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Bridge:
-    """An adapter of one direction with its record."""
+    """An adapter, and what its images are to be multiplied by where they are compared with vectors of their space."""
 
     adapter: Adapter
-    record: BridgeRecord
+    length: float
 
     @classmethod
-    def read(cls, store: Store, folder: str, named: MixedParts, direction: Direction) -> "Bridge":
-        """From the files of a mixed version, whose hashes are compared."""
-        data = {}
-        for file in named.adapter_files(direction) or ():
+    def read(cls, store: Store, folder: str, files: tuple[FileRecord, FileRecord], spaces: tuple[str, str]) -> "Bridge":
+        """From the files of a mixed version, adapter and record, whose hashes are compared.
+
+        Raises:
+            WrongSpace: it leads between other spaces than these, from the first to the second.
+        """
+        data = []
+        for file in files:
             with hold_file(store, folder, file) as path:
-                data[file.name.rpartition(".")[2]] = path.read_bytes()
-        return cls(Adapter.from_bytes(data["safetensors"]), BridgeRecord.from_json(json.loads(data["json"])))
+                data.append(path.read_bytes())
+        adapter, record = Adapter.from_bytes(data[0]), BridgeRecord.from_json(json.loads(data[1]))
+        record.refuse_other(adapter, *spaces)
+        return cls(adapter, record.length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +110,8 @@ class OpenMixed:
         self._live = _live_rows(catalog.store, folder, self._named)
         self._links = _by_shard(catalog.store, folder, self._named, LINKS, open_links)
         self._names = _by_shard(catalog.store, folder, self._named, NAMES, open_names)
-        self._bridges = {
-            direction: Lazily(
-                f"adapter {direction} of {folder}",
-                partial(Bridge.read, catalog.store, folder, self._named, direction),
-            )
-            for direction in Direction
-            if self._named.adapter_files(direction) is not None
-        }
-        self._first_old = len(new.shards) if new else 0
+        self._bridges = self._lazy_bridges(catalog.store, folder)
+        self._first_old = max(new.shards) + 1 if new else 0
         self._shards: dict[int, OpenShard] = {**(new.shards if new else {}), **self._renumbered(old.shards)}
 
     @property
@@ -215,15 +214,20 @@ class OpenMixed:
                 f"the {self._named.old_live} passages of version {self.version} that are in space {old['space'][:16]} "
                 f"of {old['reference']}, as it has no adapter of queries; ask with texts, or wait for the upgrade's end"
             )
-        return self._opened_bridge(Direction.QUERIES_TO_OLD).adapter.apply(queries)
+        return bridge.get().adapter.apply(queries)
 
-    def _opened_bridge(self, direction: Direction) -> Bridge:
-        """An adapter that leads between the spaces of this version's parts; any other is refused."""
-        bridge = self._bridges[direction].get()
+    def _lazy_bridges(self, store: Store, folder: str) -> dict[Direction, Lazily[Bridge]]:
         spaces = (self._new_space, self._old_space)
-        source, target = spaces if direction is Direction.QUERIES_TO_OLD else spaces[::-1]
-        bridge.record.refuse_other(bridge.adapter, source, target)
-        return bridge
+        return {
+            direction: Lazily(
+                f"adapter {direction} of {folder}",
+                partial(
+                    Bridge.read, store, folder, files, spaces if direction is Direction.QUERIES_TO_OLD else spaces[::-1]
+                ),
+            )
+            for direction in Direction
+            if (files := self._named.adapter_files(direction)) is not None
+        }
 
     # ---- answers
 
@@ -310,9 +314,9 @@ class OpenMixed:
         """Hits of the old part in the space that they are merged in, where there is a way into it."""
         if self.way is not Way.ADAPTED or asked.new is None:
             return old
-        bridge = self._opened_bridge(Direction.DOCUMENTS_TO_NEW)
+        bridge = self._bridges[Direction.DOCUMENTS_TO_NEW].get()
         vectors = {
-            number: AdaptedVectors(stored, bridge.adapter, bridge.record.length)
+            number: AdaptedVectors(stored, bridge.adapter, bridge.length)
             for number in np.unique(old.hits.shards[old.hits.shards >= 0]).tolist()
             if (stored := self._stored(number)) is not None
         }

@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.file_cache import DamagedFile
+from penstock.cluster.jobs.superseded import SupersededTask, mark_superseded
+from penstock.cluster.node import CACHE_VARIABLE
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.adapter_fitting import Pairs, fit_adapter
@@ -39,11 +41,13 @@ from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.cli import app
 from penstock.pipelines.diffing import compare
 from penstock.pipelines.measuring_mixed import measure_mixed
-from penstock.pipelines.mixed import BridgeUnfit, publish_mixed
+from penstock.pipelines.mixed import BridgeUnfit, PartUnfit, publish_mixed
 from penstock.pipelines.mixed_format import MixedParts, MixedUnsupported, QueryMode
 from penstock.pipelines.opened_mixed import OpenMixed, Way
 from penstock.pipelines.progress import choose_reporter
+from penstock.pipelines.publishing import shards_of
 
+from ..conftest import S3Server
 from .conftest import Document, Workspace
 
 LAYERS = 3  # of the old model
@@ -431,6 +435,11 @@ def test_what_does_not_belong_together_is_not_published(ray_session: Session, up
     with pytest.raises(ValueError, match="adapters of bridges/b lead to a model that no version has yet"):
         publish_mixed(ray_session, upgrade.catalog, "r", upgrade.old, None, bridge, BOTH)
     assert len(upgrade.catalog.versions()) == 4
+    path = upgrade.root / "indexes/test/versions" / upgrade.new / "manifest.json"
+    checks = [{"name": "recall", "measured": 0.25, "bound": 1.0, "at_least": True, "passed": False}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "gate": checks}))
+    with pytest.raises(PartUnfit, match=f"version {upgrade.new} must have passed its gate.*, got recall 0.2500"):
+        mix(ray_session, upgrade, upgrade.new)
 
 
 def test_a_reader_refuses_an_adapter_of_other_spaces(
@@ -536,6 +545,27 @@ def test_the_command_line_knows_mixed_versions(ray_session: Session, upgrade: Up
     assert done.exit_code == 0 and "#" in done.stdout and "nan" not in done.stdout
     with pytest.raises(MixedUnsupported, match="compare one of these"):
         compare(upgrade.catalog.store, upgrade.catalog, upgrade.old, mixed, ray_session, choose_reporter(True))
+
+
+def test_mixed_versions_are_marked_in_and_read_from_object_storage(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str, s3_server: S3Server, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    manifest = mix(ray_session, upgrade, upgrade.part, bridge, BRIDGE)
+    store = open_store(f"s3://{s3_server.bucket()}/penstock")
+    for path in (upgrade.root / "indexes").rglob("*"):
+        if path.is_file():
+            store.upload(path, path.relative_to(upgrade.root).as_posix())
+    catalog = Catalog(store, "test")
+    old, new = (
+        tuple(shards_of(catalog.manifest(version), catalog.version_folder(version)))
+        for version in (upgrade.old, upgrade.part)
+    )
+    for shard, left in zip(old, MixedParts.of(manifest).shards, strict=True):
+        assert mark_superseded(SupersededTask(store.url, "marked", shard, new)).files == left.files
+    with OpenIndex(catalog, "live", manifest) as index, upgrade.opened(manifest["version"]) as other:
+        assert same(index.search(asked, 6, rows=True), other.search(asked, 6))
 
 
 # ---- measurement
