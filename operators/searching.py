@@ -94,7 +94,7 @@ class ShardSearcher:
         self._refuse_queries(queries, k, parameters)
         parameters_of_index = faiss_parameters(self._index, parameters)
         if len(queries) == 0 or self._count(allowed) == 0:
-            return _empty_hits(len(queries), k)
+            return empty_hits(len(queries), k)
         asked = _Asked(np.ascontiguousarray(queries, dtype=np.float32), self._chain.apply_queries(queries))
         if allowed is not None:
             return self._hits(len(queries), k, self._search_allowed(asked, k, parameters, allowed))
@@ -289,7 +289,8 @@ def _by_piece(ends: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndar
         yield int(piece), places, rows[places] - first
 
 
-def _empty_hits(queries: int, k: int) -> Hits:
+def empty_hits(queries: int, k: int) -> Hits:
+    """No hits: all places are unfilled."""
     shape = (queries, k)
     return Hits(
         np.full(shape, None, dtype=object),
@@ -304,7 +305,7 @@ def _select(
 ) -> Hits:
     """Hits of the k most similar of n found pairs; shards int32 (n,), and ids looked up by position of a pair."""
     chosen, ranks = most_similar_by(pairs.query_of, pairs.near, ids_at, k)
-    hits = _empty_hits(queries, k)
+    hits = empty_hits(queries, k)
     places = (pairs.query_of[chosen], ranks)
     hits.ids[places] = ids_at(chosen)
     hits.similarities[places] = pairs.near[chosen]

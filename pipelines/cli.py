@@ -36,7 +36,7 @@ from penstock.pipelines.diffing import compare
 from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
 from penstock.pipelines.ledger import LedgerDisagrees
 from penstock.pipelines.loading import PipelineFileInvalid
-from penstock.pipelines.mixed import BridgeUnfit
+from penstock.pipelines.mixed import BridgeUnfit, PartUnfit
 from penstock.pipelines.mixed_format import MixedUnsupported, is_mixed
 from penstock.pipelines.pages import pairs_page
 from penstock.pipelines.pipeline import Pipeline
@@ -92,6 +92,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     AlreadyExists: EXIT_CONFLICT,
     BridgeUnfit: EXIT_INVALID,
     MixedUnsupported: EXIT_INVALID,
+    PartUnfit: EXIT_GATE,
     ModelMismatch: EXIT_FAILED,
     WrongSpace: EXIT_FAILED,
     EncoderFails: EXIT_FAILED,

@@ -31,6 +31,10 @@ class BridgeUnfit(Exception):
     """An adapter that did not pass its gate, or that is missing, was about to be published."""
 
 
+class PartUnfit(Exception):
+    """A version that failed its gate was about to become part of one that aliases may point to."""
+
+
 def publish_mixed(
     session: Session,
     catalog: Catalog,
@@ -59,6 +63,7 @@ def publish_mixed(
         BridgeUnfit: an adapter's verdict does not pass, or mode bridge without an adapter of queries.
         WrongSpace: an adapter leads between other spaces than those of the versions.
         ModelMismatch: `model` is not that of the new version.
+        PartUnfit: a version that failed its gate.
         MixedUnsupported: a version that is mixed itself.
         ValueError: one version twice, or adapters to a model that is not given.
         FileNotFoundError: a version that is not published.
@@ -96,6 +101,7 @@ class _Mixture:
         for manifest in manifests:
             if manifest is not None:
                 refuse_mixed(manifest, "mix")
+                _refuse_failed(manifest)
         before, after = manifests
         if before is None or old == new:
             raise ValueError(f"versions to mix ({old} and {new}) must be two; publish the new one as it is")
@@ -119,6 +125,15 @@ class _Mixture:
     def main(self) -> dict[str, Any]:
         """What the figures that only one version can have are taken from."""
         return self.new or self.old
+
+
+def _refuse_failed(manifest: dict[str, Any]) -> None:
+    missed = [f"{check['name']} {check['measured']:.4f}" for check in manifest["gate"] if not check["passed"]]
+    if missed:
+        raise PartUnfit(
+            f"version {manifest['version']} must have passed its gate to be part of a mixed one, got "
+            f"{', '.join(missed)}; see its manifest for the bounds"
+        )
 
 
 def _read_adapters(store: Store, bridge: str | None, mixture: _Mixture) -> dict[Direction, tuple[bytes, bytes]]:

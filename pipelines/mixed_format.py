@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.cluster.jobs.shards import FileRecord
-from penstock.cluster.jobs.superseded import LINKS, SUPERSEDED
+from penstock.cluster.jobs.superseded import LINKS, NAMES, SUPERSEDED
 from penstock.cluster.layout import shard_file
 from penstock.operators.bridging import Direction
 from penstock.operators.mixed_spaces import QueryMode
@@ -34,7 +34,7 @@ class LeftOfShard:
         return self.rows - self.superseded
 
     def file(self, kind: str) -> FileRecord | None:
-        """One of its files: SUPERSEDED or LINKS; None where the old version's own hold."""
+        """One of its files: SUPERSEDED, LINKS or NAMES; None where the old version's own hold."""
         return next((file for file in self.files if file.name == shard_file(self.shard, kind)), None)
 
 
@@ -112,6 +112,6 @@ def _adapter_files() -> set[str]:
 
 def _left_of(shard: Mapping[str, Any]) -> LeftOfShard:
     number = int(shard["shard"])
-    known = {shard_file(number, kind) for kind in (SUPERSEDED, LINKS)}
+    known = {shard_file(number, kind) for kind in (SUPERSEDED, LINKS, NAMES)}
     files = tuple(checked_file(file, known, f"shard {number} of a mixed version") for file in shard["files"])
     return LeftOfShard(number, int(shard["rows"]), int(shard["superseded"]), int(shard["standing_in"]), files)

@@ -60,8 +60,8 @@ class Found:
         coverage: what was searched; less than everything only where `degraded` was asked for.
         rows: for each query a table of the found rows (id, similarity, document_id, start, end, text, kept columns),
         if asked for.
-        ranks_fused: whether passages of two vector spaces were ordered by their ranks in each, where there are no
-        similarities: these are NaN, in `rows` null.
+        ranks_fused: whether passages of two vector spaces were ordered by their ranks in each: such an order has no
+        similarities, which are NaN, in `rows` null.
     """
 
     ids: np.ndarray
@@ -432,11 +432,16 @@ def links_to(tables: Sequence[pa.Table], ids: Sequence[str]) -> pa.Table:
 
 
 def _rows_of(hits: Hits, query: int, tables: dict[int, pa.Table]) -> pa.Table:
-    """The found rows of one query, most similar first; columns that only some of the tables have are null in others."""
+    """The found rows of one query, most similar first; columns that only some of the tables have are null in others.
+
+    The document is that of the id, which need not be the row's own: see mark_superseded.
+    """
     found = hits.shards[query] >= 0
     places = zip(hits.shards[query, found].tolist(), hits.rows[query, found].tolist(), strict=True)
     parts = [tables[shard].slice(row, 1) for shard, row in places]
     every = pa.concat_tables(parts, promote_options="permissive") if parts else next(iter(tables.values())).slice(0, 0)
     ids = pa.array(hits.ids[query, found], pa.string())
     near = pa.array(hits.similarities[query, found], pa.float32(), from_pandas=True)
+    documents = pa.array([name.rpartition("#")[0] for name in hits.ids[query, found]], pa.string())
+    every = every.set_column(every.schema.get_field_index("document_id"), "document_id", documents)
     return every.drop_columns(["passage_id"]).add_column(0, "id", ids).add_column(1, "similarity", near)

@@ -18,8 +18,9 @@ from penstock.cluster.published import hold_file, open_duplicates, open_ids, ope
 from penstock.cluster.storage import Store
 from penstock.operators.chunking import normalise_for_comparison
 
-SUPERSEDED, LINKS = "superseded.arrow", "links.arrow"
+SUPERSEDED, LINKS, NAMES = "superseded.arrow", "links.arrow", "names.arrow"
 SUPERSEDED_SCHEMA = pa.schema([("superseded", pa.bool_())])
+NAMES_SCHEMA = pa.schema([("row", pa.int64()), ("id", pa.string())])
 FIRST_PASSAGE = "#0"  # how the id of a document's first passage ends
 
 
@@ -40,10 +41,10 @@ class SupersededShard:
     Attributes:
         rows: of the shard; `superseded` of them count no more.
         standing_in: rows that count although their document is in the new version, as they represent passages of
-            documents that are not, and no row of the new version has their text.
+            documents that are not, and no row of the new version has their text: they go by the id of one of these.
         documents: documents of the new version whose first passage is a row of this shard, or represented by one.
         duplicates: links to passages of documents that are not in the new version.
-        files: `superseded` and `links`, where these are not those of the old version.
+        files: `superseded` and `links`, where these are not those of the old version, and `names` where rows stand in.
     """
 
     shard: int
@@ -70,13 +71,15 @@ def mark_superseded(task: SupersededTask) -> SupersededShard:
     group = _Group.of(ids, links, done)
     heirs = _heirs(store, task, ids, links, group)
     superseded = group.ended | ~_nulls(heirs)
-    left = _links_left(ids, links, group, heirs)
-    files = _write(store, task, superseded, left) if superseded.any() or left.num_rows < links.num_rows else ()
+    names = _names(links, group, group.own_done & ~superseded)
+    left = _links_left(ids, links, group, (heirs, names))
+    changed = bool(group.own_done.any() or group.link_done.any())
+    files = _write(store, task, {SUPERSEDED: _column(superseded), LINKS: left, NAMES: names}) if changed else ()
     return SupersededShard(
         task.old.shard,
         len(ids),
         int(superseded.sum()),
-        int((group.own_done & ~superseded).sum()),
+        names.num_rows,
         _first_passages(ids, group.own_done) + _first_passages(links.column("id"), group.link_done),
         left.num_rows,
         files,
@@ -88,6 +91,13 @@ def open_superseded(store: Store, folder: str, record: FileRecord) -> np.ndarray
     with hold_file(store, folder, record) as path:
         superseded: np.ndarray = read_ipc(path).column("superseded").to_numpy()
     return superseded
+
+
+def open_names(store: Store, folder: str, record: FileRecord) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that go by another id, int64 (n,) ascending, and these, object (n,) of str."""
+    with hold_file(store, folder, record) as path:
+        table = pa.ipc.open_file(path.read_bytes()).read_all()
+    return table.column("row").to_numpy(), table.column("id").to_numpy()
 
 
 def open_links(store: Store, folder: str, record: FileRecord) -> pa.Table:
@@ -175,26 +185,45 @@ def _same_texts(
             yield row, name
 
 
-def _links_left(ids: pa.ChunkedArray, links: pa.Table, group: _Group, heirs: pa.Array) -> pa.Table:
-    """Links to the passages of documents that are not in the new version, of old rows or of their heirs."""
-    kept = pa.array(~group.link_done)
-    keepers = pa.array(group.keepers[~group.link_done])
-    represented_by = pc.coalesce(heirs.take(keepers), links.column("represented_by").filter(kept).combine_chunks())
-    left = links.filter(kept).set_column(2, "represented_by", represented_by)
+def _names(links: pa.Table, group: _Group, standing_in: np.ndarray) -> pa.Table:
+    """NAMES_SCHEMA: for each row that stands in the first id it represents of a document not in the new version."""
+    chosen = np.flatnonzero(~group.link_done & standing_in[group.keepers])
+    named = pa.table([pa.array(group.keepers[chosen]), links.column("id").take(pa.array(chosen))], schema=NAMES_SCHEMA)
+    first = named.group_by("row").aggregate([("id", "min")]).sort_by("row")
+    return pa.table([first.column("row"), first.column("id_min")], schema=NAMES_SCHEMA)
+
+
+def _links_left(ids: pa.ChunkedArray, links: pa.Table, group: _Group, now: tuple[pa.Array, pa.Table]) -> pa.Table:
+    """Links to the passages of documents that are not in the new version: of old rows, under the names that they go by
+    now, or of their heirs."""
+    heirs, names = now
+    kept = links.filter(pa.array(~group.link_done))
+    keepers = group.keepers[~group.link_done]
+    place = pc.index_in(pa.array(keepers), value_set=names.column("row").combine_chunks())
+    named = names.column("id").combine_chunks().take(place)
+    represented_by = pc.coalesce(heirs.take(pa.array(keepers)), named, kept.column("represented_by").combine_chunks())
+    left = kept.set_column(2, "represented_by", represented_by)
+    left = left.filter(pc.not_equal(left.column("id"), left.column("represented_by")))
     moved = np.flatnonzero(~_nulls(heirs) & ~group.own_done)
     names = ids.take(pa.array(moved))
     rows = [names, _documents(names), heirs.take(pa.array(moved)), pa.nulls(len(moved), pa.float32())]
     return pa.concat_tables([left.cast(LINKS_SCHEMA), pa.table(rows, schema=LINKS_SCHEMA)])
 
 
-def _write(store: Store, task: SupersededTask, superseded: np.ndarray, links: pa.Table) -> tuple[FileRecord, ...]:
-    tables = {SUPERSEDED: pa.table([pa.array(superseded)], schema=SUPERSEDED_SCHEMA), LINKS: links.combine_chunks()}
+def _column(superseded: np.ndarray) -> pa.Table:
+    return pa.table([pa.array(superseded)], schema=SUPERSEDED_SCHEMA)
+
+
+def _write(store: Store, task: SupersededTask, tables: dict[str, pa.Table]) -> tuple[FileRecord, ...]:
+    """The files of what there is; names only where rows go by others."""
     with tempfile.TemporaryDirectory(prefix="penstock-superseded-") as place:
         records = []
         for kind, table in tables.items():
+            if kind == NAMES and not table.num_rows:
+                continue
             path = Path(place) / shard_file(task.old.shard, kind)
             with pa.ipc.new_file(str(path), table.schema) as writer:
-                writer.write_table(table)
+                writer.write_table(table.combine_chunks())
             records.append(upload_file(store, task.folder, path))
     return tuple(records)
 

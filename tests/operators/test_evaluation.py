@@ -13,6 +13,7 @@ from penstock.operators.evaluation import (
     Neighbours,
     choose_operating_point,
     exact_neighbours,
+    judged_recall_at_k,
     merge_neighbours,
     mrr_at_k,
     ndcg_at_k,
@@ -201,6 +202,14 @@ def test_mrr_by_hand() -> None:
     rankings = [["a", "b"], ["c", "x", "b"], ["x"], []]
     assert mrr_at_k(rankings, [judged] * 4, 10).tolist() == [1, pytest.approx(1 / 3), 0, 0]
     assert mrr_at_k(rankings, [judged] * 4, 2).tolist() == [1, 0, 0, 0]
+
+
+def test_judged_recall_by_hand() -> None:
+    judged = {"a": 1.0, "b": 2.0, "c": 0.0}
+    rankings = [["a", "b"], ["c", "x", "b"], ["x"], []]
+    assert judged_recall_at_k(rankings, [judged] * 4, 10).tolist() == [1, 0.5, 0, 0]
+    assert judged_recall_at_k(rankings, [judged] * 4, 1).tolist() == [1, 0, 0, 0]  # of one, as no more can be found
+    assert judged_recall_at_k([["a"]], [{"a": 0.0}], 10).tolist() == [0]
 
 
 def test_operating_points_come_cheapest_first_and_without_repeats() -> None:

@@ -6,6 +6,8 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from penstock.operators.adapter_fitting import Pairs, fit_adapter
 from penstock.operators.adapters import Adapter, Procrustes, Ridge
@@ -16,7 +18,7 @@ from penstock.operators.mixed_spaces import (
     MixedSpaces,
     SpacedHits,
     compared_again,
-    fuse_ranks,
+    fill_places,
     merge_within_space,
 )
 from penstock.operators.searching import Hits, SearchParameters, ShardSearcher, normalize
@@ -96,32 +98,58 @@ def test_similarities_of_two_spaces_are_never_merged() -> None:
         merge_within_space([], K)
 
 
-def test_fusion_is_the_published_formula() -> None:
-    one, other = _hits([["a", "b", "c"]]), _hits([["c", "a", None]])
-    fused = fuse_ranks([SpacedHits("x", one), SpacedHits("y", other)], 4)
-    assert fused.ids.tolist() == [["a", "c", "b", None]]
-    expected = [1 / 61 + 1 / 62, 1 / 63 + 1 / 61, 1 / 62]
-    np.testing.assert_allclose(fused.weights[0, :3], expected, rtol=1e-6)
-    assert np.isnan(fused.weights[0, 3]) and fused.rows[0, 3] == -1
-    assert fused.rows[0, :3].tolist() == [0, 2, 1]
+def _places(old: Sequence[str | None], superseded: set[str], new: Sequence[str | None], k: int) -> list[str | None]:
+    """As the method reads, for one query."""
+    left = [name for name in new if name is not None]
+    ranked: list[str | None] = []
+    for name in old:
+        if name in superseded and left:
+            ranked.append(left.pop(0))
+        elif name is not None and name not in superseded:
+            ranked.append(name)
+    return [*ranked, *left, *[None] * k][:k]
 
 
-def test_fusion_of_equals_is_by_id_and_of_nothing_is_nothing() -> None:
-    parts = [SpacedHits("x", _hits([["b"], [None]])), SpacedHits("y", _hits([["a"], [None]]))]
-    fused = fuse_ranks(parts, 2)
-    assert fused.ids.tolist() == [["a", "b"], [None, None]]
-    assert fuse_ranks(parts[::-1], 2).ids.tolist() == fused.ids.tolist()
+@given(
+    st.permutations([*"abcdef", None]),
+    st.sets(st.sampled_from("abcdef")),
+    st.permutations([*"uvwxyz"]),
+    st.integers(0, 6),
+)
+def test_new_hits_take_the_places_of_superseded_ones(
+    old: list[str | None], superseded: set[str], new: list[str], count: int
+) -> None:
+    before = sorted(old, key=lambda name: name is None)  # unfilled places come last
+    after = [*new[:count], *[None] * (6 - count)]
+    hits = _hits([before, ["a", *[None] * 6]]), _hits([after, [None] * 6])
+    flags = np.array([[name in superseded for name in row] for row in hits[0].ids])
+    for k in (1, 4, 7):
+        found = fill_places(SpacedHits("old", hits[0]), flags, SpacedHits("new", hits[1]), k)
+        expected = _places(before, superseded, after, k)
+        assert found.ids[0].tolist() == expected
+        assert found.ids[1].tolist() == [None if "a" in superseded else "a", *[None] * (k - 1)]
+        assert np.isnan(found.similarities).all() and found.similarities.shape == found.rows.shape == (2, k)
+        assert ((found.rows >= 0) == (found.ids != np.array(None))).all()
+        assert ((found.shards >= 0) == (found.rows >= 0)).all()
+        assert (found.ids.dtype, found.shards.dtype, found.rows.dtype) == (object, np.int32, np.int64)
 
 
-def test_shares_place_the_rows_of_a_small_part_where_they_belong() -> None:
-    done = np.sort(np.random.default_rng(3).permutation(DOCUMENTS)[: DOCUMENTS // 10])
-    new, old, _ = _parts(done, K)
-    truth = _truth().ids
-    found = [
-        np.mean([len(set(mine) & set(true)) / K for mine, true in zip(fused.ids, truth, strict=True)])
-        for fused in (fuse_ranks([new, old], K), fuse_ranks([new, old], K, shares=[0.1, 0.9]))
-    ]
-    assert found[1] > found[0] + 0.2 and found[1] > 0.8
+def test_places_make_the_old_ranking_the_new_one_step_by_step() -> None:
+    """Similarities of the old space are blurred: what is embedded again is nearer to the truth at every step."""
+    blurred = normalize(OLD * (np.arange(D) < 9))
+    asked = normalize(QUERIES @ ROTATION * (np.arange(D) < 9))
+    old, truth = SpacedHits("old", _search(blurred, np.arange(DOCUMENTS), asked, K, 1)), _truth().ids
+    order, agreements = np.random.default_rng(3).permutation(DOCUMENTS), []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        done = np.sort(order[: round(share * DOCUMENTS)])
+        new = SpacedHits("new", _search(NEW, done, QUERIES, K, 0))
+        found = fill_places(old, np.isin(old.hits.rows, done), new, K).ids
+        agreements.append(
+            np.mean([len({*mine} & {*true}) / K for mine, true in zip(found.tolist(), truth.tolist(), strict=True)])
+        )
+        if share in (0, 1):
+            np.testing.assert_array_equal(found, truth if share else old.hits.ids)
+    assert agreements == sorted(agreements) and agreements[0] < 0.8 and agreements[-1] == 1
 
 
 def _hits(ids: Sequence[Sequence[str | None]]) -> Hits:
@@ -173,9 +201,7 @@ def test_what_cannot_be_merged_is_named() -> None:
         compared_again(old, QUERIES, {}, "new")
     with pytest.raises(ValueError, match=r"vectors of shard 1 \(dimensions: 5\)"):
         compared_again(old, QUERIES, {1: ArrayVectors(np.ones((len(rest), 5), np.float32))}, "new")
-    with pytest.raises(ValueError, match=r"parts to fuse \(of spaces new, new\) must be one for each space"):
-        fuse_ranks([new, new], K)
-    with pytest.raises(ValueError, match=r"parts to fuse answer \[1, 40\] queries"):
-        fuse_ranks([new, SpacedHits("x", _hits([["a"]]))], K)
-    with pytest.raises(ValueError, match=r"shares \(\[0.5\]\) must be one for each of 2 parts"):
-        fuse_ranks([new, old], K, shares=[0.5])
+    with pytest.raises(ValueError, match=r"places to fill \(old hits \(40, 10\), superseded \(40, 9\), new hits"):
+        fill_places(old, np.zeros((40, 9), bool), new, K)
+    with pytest.raises(ValueError, match=r"must be of the same queries, and 11 of the old space for each at least"):
+        fill_places(old, np.zeros((40, 10), bool), new, K + 1)

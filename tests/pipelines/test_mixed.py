@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.file_cache import DamagedFile
+from penstock.cluster.jobs.superseded import SupersededTask, mark_superseded
+from penstock.cluster.node import CACHE_VARIABLE
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.adapter_fitting import Pairs, fit_adapter
@@ -34,16 +36,19 @@ from penstock.operators.bridging import (
 from penstock.operators.confidence import Interval
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.indexing import Metric
+from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines import Found, OpenIndex, open_index
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.cli import app
 from penstock.pipelines.diffing import compare
-from penstock.pipelines.measuring_mixed import measure_mixed
-from penstock.pipelines.mixed import BridgeUnfit, publish_mixed
-from penstock.pipelines.mixed_format import MixedParts, MixedUnsupported, QueryMode
+from penstock.pipelines.measuring_answers import measure_answers
+from penstock.pipelines.mixed import BridgeUnfit, PartUnfit, publish_mixed
+from penstock.pipelines.mixed_format import MixedParts, MixedUnsupported
 from penstock.pipelines.opened_mixed import OpenMixed, Way
 from penstock.pipelines.progress import choose_reporter
+from penstock.pipelines.publishing import shards_of
 
+from ..conftest import S3Server
 from .conftest import Document, Workspace
 
 LAYERS = 3  # of the old model
@@ -97,7 +102,8 @@ class Upgrade:
 
 @pytest.fixture(scope="module")
 def made(ray_session: Session, tmp_path_factory: pytest.TempPathFactory, real_texts: list[str]) -> Upgrade:
-    """48 documents in three files, some of which have the text of one in another file."""
+    """48 documents in three files, some of which have the text of one in another file; before the new model comes, some
+    of the first file change, which have or had the text of others."""
     workspace = Workspace(tmp_path_factory.mktemp("mixed"), {"index": INDEX, "passages__overlap": 0})
     documents = [
         {"id": f"d{i:02d}", "text": text, "topic": f"t{i % 3}", "file": i // 16}
@@ -110,6 +116,11 @@ def made(ray_session: Session, tmp_path_factory: pytest.TempPathFactory, real_te
     for file in range(3):
         workspace.write(f"part-{file}.jsonl", [one for one in documents if one["file"] == file])
     old = workspace.pipeline(embedding__layers=LAYERS, embedding__layers_trained=True).run()
+    for one in documents:
+        if one["id"] in ("d05", "z-copy2", "b-copy4"):
+            one["after"] = f"Now {one['id']} says: {real_texts[60]}"
+    first = [{**one, "text": one.get("after", one["text"])} for one in documents if one["file"] == 0]
+    workspace.write("part-0.jsonl", first)
     versions = []
     for pattern in (f"{workspace.corpus}/part-0.jsonl", f"{workspace.corpus}/*.jsonl"):
         report = workspace.pipeline(documents__path=pattern, publish={}).run()
@@ -182,18 +193,32 @@ def same(first: Found, second: Found) -> bool:
 
 
 def live_ids(upgrade: Upgrade, manifest: dict[str, Any]) -> set[str]:
-    """Passages of the old version that count, by the files of the mixed one."""
+    """Passages of the old version that count, under the ids they go by, by the files of the mixed one."""
     versions = upgrade.root / "indexes/test/versions"
     live: set[str] = set()
     for shard in MixedParts.of(manifest).shards:
         ids = pa.ipc.open_file(versions / upgrade.old / f"shard-{shard.shard:05d}.ids.arrow").read_all()
-        gone = np.zeros(shard.rows, bool)
-        if shard.files:
-            path = versions / manifest["version"] / f"shard-{shard.shard:05d}.superseded.arrow"
-            gone = pa.ipc.open_file(path).read_all().column("superseded").to_numpy()
+        names, gone = np.array(ids.column("id").to_pylist(), object), np.zeros(shard.rows, bool)
+        own = {file.name.split(".")[1]: versions / manifest["version"] / file.name for file in shard.files}
+        if own:
+            gone = pa.ipc.open_file(own["superseded"]).read_all().column("superseded").to_numpy()
+        if "names" in own:
+            now = pa.ipc.open_file(own["names"]).read_all()
+            names[now.column("row").to_numpy()] = now.column("id").to_pylist()
         assert gone.sum() == shard.superseded and len(gone) == shard.rows
-        live |= set(np.array(ids.column("id").to_pylist(), object)[~gone])
+        live |= set(names[~gone])
     return live
+
+
+def renamed(upgrade: Upgrade, manifest: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The same by the ids that old rows go by."""
+    folders = [upgrade.root / "indexes/test/versions" / version for version in (upgrade.old, manifest["version"])]
+    for path in folders[1].glob("*.names.arrow"):
+        ids = pa.ipc.open_file(folders[0] / path.name.replace("names", "ids")).read_all().column("id").to_pylist()
+        now = pa.ipc.open_file(path).read_all()
+        pairs = zip(now.column("row").to_pylist(), now.column("id").to_pylist(), strict=True)
+        old |= {name: old[ids[row]] for row, name in pairs}
+    return old
 
 
 # ---- what is superseded
@@ -204,22 +229,26 @@ def test_every_document_is_answered_and_none_twice(ray_session: Session, upgrade
     version = upgrade.new if whole else upgrade.part
     manifest = mix(ray_session, upgrade, version)
     new, live, done = upgrade.vectors(version), live_ids(upgrade, manifest), upgrade.done(version)
-    assert not {name for name in live if name.rpartition("#")[0] in done}
+    assert not {name for name in live if name.rpartition("#")[0] in done} and not live & set(new)
     texts = {str(one["id"]): str(one["text"]) for one in upgrade.documents}
+    texts |= {str(one["id"]): str(one["after"]) for one in upgrade.documents if "after" in one}
     with upgrade.opened(manifest["version"]) as index:
         rows = index.search("any", 500, rows=True)
         assert rows.rows is not None and set(rows.ids[0]) - {None} == live | set(new)
         links = index.duplicates(list(live | set(new))).to_pylist()
-        found = rows.rows[0].column("text").to_pylist()
-        assert len(found) == len({text for text in found}) == len(index)
+        found = {row["id"]: row for row in rows.rows[0].to_pylist()}
+        assert len(found) == len({row["text"] for row in found.values()}) == len(index)
+    for name, row in found.items():
+        assert row["document_id"] == name.rpartition("#")[0] and row["text"] in texts[row["document_id"]]
     stated = [one["id"] for one in links]
     assert len(stated) == len(set(stated)) == manifest["duplicates"] and not set(stated) & (live | set(new))
     for one in links:
-        assert texts[one["document_id"]] == texts[one["represented_by"].rpartition("#")[0]]
+        assert found[one["represented_by"]]["text"] in texts[one["document_id"]]
     reached = {name.rpartition("#")[0] for name in live | set(new) | set(stated)}
     assert reached == {str(one["id"]) for one in upgrade.documents}
     assert manifest["rows"] == len(live) + len(new) and manifest["documents"] == len(upgrade.documents)
     assert [part["rows"] for part in manifest["parts"]] == [len(live), len(new)]
+    assert any(shard["standing_in"] for shard in manifest["shards"]) != whole
 
 
 # ---- answers
@@ -245,7 +274,7 @@ def test_adapted_documents_are_merged_by_similarity_in_the_new_space(
     ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str, queries: QueryMode
 ) -> None:
     manifest = mix(ray_session, upgrade, upgrade.part, bridge, queries)
-    old, new = upgrade.vectors(upgrade.old), upgrade.vectors(upgrade.part)
+    old, new = renamed(upgrade, manifest, upgrade.vectors(upgrade.old)), upgrade.vectors(upgrade.part)
     live = sorted(live_ids(upgrade, manifest))
     adapter, _ = fitted(upgrade, Direction.DOCUMENTS_TO_NEW)
     mapped = adapter.apply(np.stack([old[name] for name in live])) * np.float32(LENGTH)
@@ -264,26 +293,42 @@ def test_adapted_documents_are_merged_by_similarity_in_the_new_space(
     assert (by_vectors.ids[:, 0] == found.ids[:, 0]).all() and not found.ranks_fused
 
 
-def test_without_an_adapter_ranks_are_fused_by_shares(ray_session: Session, upgrade: Upgrade, asked: list[str]) -> None:
+def test_without_an_adapter_new_hits_take_the_places_of_superseded_rows(
+    ray_session: Session, upgrade: Upgrade, asked: list[str]
+) -> None:
     manifest = mix(ray_session, upgrade, upgrade.part)
-    old, new = upgrade.vectors(upgrade.old), upgrade.vectors(upgrade.part)
-    live = {name: old[name] for name in live_ids(upgrade, manifest)}
+    live = live_ids(upgrade, manifest)
     with upgrade.opened(upgrade.old) as one, upgrade.opened(upgrade.part) as other:
-        queries = one.encode(asked), other.encode(asked)
+        before, after = one.search(asked, 9).ids, other.search(asked, 9).ids.tolist()
     with upgrade.opened(manifest["version"]) as index:
         found = index.search(asked, 9, rows=True)
     assert found.ranks_fused and np.isnan(found.similarities).all() and found.rows is not None
-    assert found.rows[0].column("similarity").null_count == 9
-    for query in range(len(asked)):
-        weights: dict[str, float] = {}
-        for vectors, part in ((queries[0], live), (queries[1], new)):
-            names = list(part)
-            ranked = np.argsort(-(np.stack([part[name] for name in names]) @ vectors[query]), kind="stable")
-            share = len(part) / (len(live) + len(new))
-            weights |= {names[row]: 1 / (60 + rank / share) for rank, row in enumerate(ranked[:9], start=1)}
-        expected = sorted(weights, key=lambda name: (-np.float32(weights[name]), name))[:9]
+    assert found.rows[0].column("similarity").null_count == 9 and found.coverage.share == 1
+    identities = renamed(upgrade, manifest, {name: name for name in upgrade.vectors(upgrade.old)})
+    names = {name: now for now, name in identities.items() if now != name}
+    for query, (old, new) in enumerate(zip(before, after, strict=True)):
+        expected = [names.get(name, name) if names.get(name, name) in live else new.pop(0) for name in old]
         assert found.ids[query].tolist() == expected
         assert found.rows[query].column("id").to_pylist() == expected
+
+
+@pytest.mark.parametrize("lost", ["old", "new", "mixed"])
+def test_places_without_a_part_or_what_is_superseded(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], lost: str
+) -> None:
+    manifest = mix(ray_session, upgrade, upgrade.part)
+    versions, live = upgrade.root / "indexes/test/versions", live_ids(upgrade, manifest)
+    new = set(upgrade.vectors(upgrade.part))
+    folder = versions / {"old": upgrade.old, "new": upgrade.part, "mixed": manifest["version"]}[lost]
+    for path in [*folder.glob("*.ids.arrow"), *folder.glob("*.superseded.arrow")]:
+        path.unlink()
+    with upgrade.opened(manifest["version"]) as index:
+        with pytest.raises(DamagedFile):
+            index.search(asked)
+        found = index.search(asked, 500, degraded=True)
+    names = {name for name in found.ids[0] if name is not None}
+    assert names == (live if lost == "new" else new)
+    assert found.coverage.missing == ((0, 1) if lost == "new" else (2, 3)) and found.ranks_fused
 
 
 def test_filters_rows_and_lost_shards(ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str) -> None:
@@ -391,6 +436,11 @@ def test_what_does_not_belong_together_is_not_published(ray_session: Session, up
     with pytest.raises(ValueError, match="adapters of bridges/b lead to a model that no version has yet"):
         publish_mixed(ray_session, upgrade.catalog, "r", upgrade.old, None, bridge, BOTH)
     assert len(upgrade.catalog.versions()) == 4
+    path = upgrade.root / "indexes/test/versions" / upgrade.new / "manifest.json"
+    checks = [{"name": "recall", "measured": 0.25, "bound": 1.0, "at_least": True, "passed": False}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "gate": checks}))
+    with pytest.raises(PartUnfit, match=f"version {upgrade.new} must have passed its gate.*, got recall 0.2500"):
+        mix(ray_session, upgrade, upgrade.new)
 
 
 def test_a_reader_refuses_an_adapter_of_other_spaces(
@@ -498,6 +548,27 @@ def test_the_command_line_knows_mixed_versions(ray_session: Session, upgrade: Up
         compare(upgrade.catalog.store, upgrade.catalog, upgrade.old, mixed, ray_session, choose_reporter(True))
 
 
+def test_mixed_versions_are_marked_in_and_read_from_object_storage(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str, s3_server: S3Server, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    manifest = mix(ray_session, upgrade, upgrade.part, bridge, BRIDGE)
+    store = open_store(f"s3://{s3_server.bucket()}/penstock")
+    for path in (upgrade.root / "indexes").rglob("*"):
+        if path.is_file():
+            store.upload(path, path.relative_to(upgrade.root).as_posix())
+    catalog = Catalog(store, "test")
+    old, new = (
+        tuple(shards_of(catalog.manifest(version), catalog.version_folder(version)))
+        for version in (upgrade.old, upgrade.part)
+    )
+    for shard, left in zip(old, MixedParts.of(manifest).shards, strict=True):
+        assert mark_superseded(SupersededTask(store.url, "marked", shard, new)).files == left.files
+    with OpenIndex(catalog, "live", manifest) as index, upgrade.opened(manifest["version"]) as other:
+        assert same(index.search(asked, 6, rows=True), other.search(asked, 6))
+
+
 # ---- measurement
 
 
@@ -519,7 +590,7 @@ def test_quality_is_measured_by_judgements_for_each_query(
 ) -> None:
     resolved = judged.pipeline().plan().resolved
     manifest = mix(ray_session, upgrade, upgrade.part)
-    found = measure_mixed(ray_session, upgrade.catalog.store.url, manifest, resolved)
+    found = measure_answers(ray_session, upgrade.catalog.store.url, manifest, upgrade.old, resolved)
     assert found["version"] == manifest["version"] and found["parts"] == [upgrade.old, upgrade.part]
     assert found["embedded_share"] == pytest.approx(manifest["parts"][1]["rows"] / manifest["rows"], abs=1e-6)
     assert (found["queries"], found["k"]) == (len(asked) - 1, 3)
@@ -542,11 +613,11 @@ def test_without_judgements_the_overlap_with_the_old_version_is_measured(
     resolved = judged.pipeline(evaluate__relevance=None).plan().resolved
     url = upgrade.catalog.store.url
     manifest = mix(ray_session, upgrade, upgrade.part, bridge)
-    found = measure_mixed(ray_session, url, manifest, resolved)
+    found = measure_answers(ray_session, url, manifest, upgrade.old, resolved)
     with upgrade.opened(manifest["version"]) as index, upgrade.opened(upgrade.old) as old:
         pairs = zip(index.search(asked, 3).ids, old.search(asked, 3).ids, strict=True)
         overlap = [len(set(one) & set(other)) / 3 for one, other in pairs]
     assert found["per_query"] == {"overlap": pytest.approx(overlap, abs=1e-6)} and 0 < found["overlap"] < 1
     resolved = judged.pipeline(evaluate={"queries": 12}).plan().resolved
-    waiting = measure_mixed(ray_session, url, mix(ray_session, upgrade, None), resolved)
+    waiting = measure_answers(ray_session, url, mix(ray_session, upgrade, None), upgrade.old, resolved)
     assert (waiting["overlap"], waiting["queries"], waiting["queries_from"]) == (1.0, 12, "passages")
