@@ -25,6 +25,7 @@ from penstock.operators.indexing import Family, Metric, open_shard
 from penstock.operators.routing import Router
 from penstock.operators.searching import ShardSearcher, open_vectors
 from penstock.operators.transforms import Chain
+from penstock.operators.vector_store import StoredVectors
 
 _faiss: Any = faiss  # the type stubs of faiss 1.15 leave names out
 
@@ -107,6 +108,20 @@ def open_rows(store: Store, shard: ShardRecord) -> pa.Table:
 def open_duplicates(store: Store, shard: ShardRecord) -> pa.Table:
     """The links (id, document_id, represented_by) to passages that rows of this shard represent, memory-mapped."""
     return _open_kind(store, shard, DUPLICATES)
+
+
+def open_stored(store: Store, shard: ShardRecord) -> tuple[pa.ChunkedArray, StoredVectors]:
+    """The ids of a shard's rows, and the vectors that are stored of them, both memory-mapped.
+
+    For shards that have vectors; the ids stay mapped for as long as the vectors do.
+    """
+    with ExitStack() as files:
+        ids, vectors = (
+            files.enter_context(hold_file(store, shard.folder, _record(shard, kind))) for kind in (IDS, VECTORS)
+        )
+        opened = read_ipc(ids).column("id"), open_vectors(vectors)
+        weakref.finalize(opened[1], files.pop_all().close)
+    return opened
 
 
 def read_ipc(path: Path) -> pa.Table:

@@ -236,11 +236,16 @@ class Run:
         embedded = self._vectors()[0]
         return Deduplicating(self._session, self._store, self._reporter, self.resolved, embedded).curve()
 
-    def _vectors(self) -> tuple[Embedded, list[Receipt]]:
+    def selected(self) -> list[FragmentFacts]:
+        """The passages that stay; afterwards the precision of their vectors is known."""
         self._write_stage_record(PASSAGES, self.resolved.stage_fingerprint(PASSAGES))
         self._passages()
         facts = self._selection()
         self._decide_precision(facts)
+        return facts
+
+    def _vectors(self) -> tuple[Embedded, list[Receipt]]:
+        facts = self.selected()
         embedded = embedded_of(self.resolved, facts)
         if self.resolved.index_chosen:
             check_trainable(self.resolved, embedded.rows, self._origin)

@@ -1,0 +1,73 @@
+"""A published version and the model that is to follow its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.storage import Store
+from penstock.operators.encoding import ModelMismatch
+from penstock.pipelines.planning import Resolved
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A published version's pipeline, and the same pipeline with another `embedding` section; both precisions known.
+
+    Raises:
+        ModelMismatch: the old pipeline's model is not the one that the version was made with.
+        ValueError: both are the same model.
+    """
+
+    old: Resolved
+    new: Resolved
+    manifest: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        refuse_other_model(self.old, self.manifest)
+        if self.encoders(self.old) == self.encoders(self.new):
+            raise ValueError(
+                f"model ({self.new.encoder.model}) is the one that version {self.manifest['version']} was made with; "
+                "name another"
+            )
+
+    @property
+    def both(self) -> tuple[Resolved, Resolved]:
+        return self.old, self.new
+
+    @staticmethod
+    def encoders(resolved: Resolved) -> list[str]:
+        """What makes the vectors of documents and of queries."""
+        return [resolved.encoder.fingerprint(), resolved.query_encoder.fingerprint()]
+
+
+def refuse_other_model(resolved: Resolved, manifest: Mapping[str, Any]) -> None:
+    """Refuses a pipeline whose model is not the one that a version was made with.
+
+    Raises:
+        ModelMismatch: naming both.
+    """
+    stated = manifest["model"]
+    if resolved.encoder.space != stated["space"]:
+        raise ModelMismatch(
+            f"model ({resolved.encoder.model}, space {resolved.encoder.space[:16]}) must be the one that version "
+            f"{manifest['version']} was made with, {stated['reference']} (space {stated['space'][:16]}); give the "
+            "pipeline file that published it"
+        )
+
+
+def published_manifest(resolved: Resolved, store: Store) -> dict[str, Any]:
+    """The manifest of the version that the pipeline's alias points to.
+
+    Raises:
+        ValueError: there is none.
+    """
+    pipeline = resolved.pipeline
+    catalog = Catalog(store, pipeline.name)
+    entry = catalog.alias(pipeline.publish.alias) if pipeline.publish.alias else None
+    if entry is None:
+        raise ValueError(
+            f"publish.alias ({pipeline.publish.alias}) of index {pipeline.name} must point to a published version, "
+            "which a new model is compared with; run the pipeline first"
+        )
+    return catalog.manifest(entry.version)

@@ -1,0 +1,96 @@
+"""What people see of bridges and of the health of a space."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from penstock.pipelines.reporting import records_table
+from penstock.pipelines.upgrade_pages import DIRECTIONS, FIGURES, PAIRINGS, fit_words
+
+SHOWN_FITS = 8
+
+
+def bridge_view(record: Mapping[str, Any]) -> RenderableType:
+    """The pairings, the best fits of both directions, the verdicts, and where the adapters are."""
+    bridges = record["bridges"]
+    parts: list[RenderableType] = [_pairings(record)]
+    for direction, one in bridges["directions"].items():
+        parts.append(_fits(direction, one))
+        parts.append(Text(_verdict(direction, one), style="bold"))
+    if bridges["skipped"]:
+        parts.append(Text("No bridge is needed: the new model is compatible, declared and measured.", style="bold"))
+    if not record["sample"]["queries"]["judged"]:
+        parts.append(Text("No judgements: agreement with the old model is all that was measured."))
+    return Group(*parts)
+
+
+def health_view(record: Mapping[str, Any]) -> RenderableType:
+    """The figures of a version's space, and what drifted."""
+    versions = [record, *([record["against"]] if "against" in record else [])]
+    rows = [
+        {"figure": words} | {one["version"]: f"{one['report']['health'][name]:.4g}" for one in versions}
+        for name, words in FIGURES.items()
+    ]
+    words = [
+        f"{one['version']}: {one['sample_rows']:,} of {one['rows']:,} rows, {one['vectors_from']}" for one in versions
+    ]
+    if "against" in record:
+        words.append(_drift_words(record))
+    return Group(records_table(rows, ["figure", *(one["version"] for one in versions)]), Text("\n".join(words)))
+
+
+def drift_words(record: Mapping[str, Any]) -> str:
+    """The rules that are broken."""
+    broken = [rule for rule in record["drift"] if rule["alarm"]]
+    return "; ".join(
+        f"{FIGURES[rule['figure']]} went from {rule['before']:.4g} to {rule['after']:.4g}, worse by "
+        f"{rule['change']:.4g} where {rule['most']:g} is allowed"
+        for rule in broken
+    )
+
+
+def _drift_words(record: Mapping[str, Any]) -> str:
+    if record["why"] is not None:
+        return f"not compared: {record['why']}"
+    return f"alarm: {drift_words(record)}" if record["alarms"] else "no figure became worse than is allowed"
+
+
+def _pairings(record: Mapping[str, Any]) -> RenderableType:
+    names = ["recall", "ndcg"] if record["sample"]["queries"]["judged"] else ["agreement"]
+    rows = [
+        {"answers": words} | {name: _interval(record["pairings"][key][name]) for name in names}
+        for key, words in PAIRINGS.items()
+        if key in record["pairings"]
+    ]
+    return records_table(rows, ["answers", *names])
+
+
+def _fits(direction: str, one: Mapping[str, Any]) -> RenderableType:
+    record = one["record"]
+    best = sorted(record["candidates"], key=lambda fit: -float(fit["quality"]["estimate"]))[:SHOWN_FITS]
+    rows = [
+        {
+            DIRECTIONS[direction]: fit_words(fit),
+            "held-out quality": _interval(fit["quality"]),
+            "": "chosen" if _same(fit, record["chosen"]) else None,
+        }
+        for fit in best
+    ]
+    return records_table(rows, [DIRECTIONS[direction], "held-out quality", ""])
+
+
+def _same(fit: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
+    return all(fit[name] == chosen[name] for name in ("method", "query_weight"))
+
+
+def _verdict(direction: str, one: Mapping[str, Any]) -> str:
+    recovery = _interval(one["record"]["verdict"]["recovery"])
+    if one["stored"]:
+        return f"{DIRECTIONS[direction]}: passes, recovers {recovery}; kept as {one['files'][0]}"
+    return f"{DIRECTIONS[direction]}: refused, {one['refused']}"
+
+
+def _interval(interval: Mapping[str, float]) -> str:
+    return f"{interval['estimate']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
