@@ -129,6 +129,20 @@ def open_duplicates(store: Store, shard: ShardRecord) -> pa.Table:
     return _open_kind(store, shard, DUPLICATES)
 
 
+def open_stored(store: Store, shard: ShardRecord) -> tuple[pa.ChunkedArray, StoredVectors]:
+    """The ids of a shard's rows, and the vectors that are stored of them, both memory-mapped.
+
+    For shards that have vectors; the ids stay mapped for as long as the vectors do.
+    """
+    with ExitStack() as files:
+        ids, vectors = (
+            files.enter_context(hold_file(store, shard.folder, _record(shard, kind))) for kind in (IDS, VECTORS)
+        )
+        opened = read_ipc(ids).column("id"), open_vectors(vectors)
+        weakref.finalize(opened[1], files.pop_all().close)
+    return opened
+
+
 def read_ipc(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

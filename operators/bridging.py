@@ -189,7 +189,7 @@ class BridgeRecord:
         sample_hash: `sample_hash` of what it was fitted to, `documents` and `queries` how many pairs that were.
         candidates: the mean quality on held-out queries of each fit tried, in the order tried.
         adapter_hash: Adapter.content_hash of the chosen one.
-        length: what mapped documents are shortened to, `mean_cosine` on pairs that the adapter was not fitted to.
+        length: mean_cosine of pairs that it was not fitted to: of mapped documents, for `mixed_spaces.AdaptedVectors`.
     """
 
     direction: Direction

@@ -52,11 +52,22 @@ def hash_range(fraction: float, seed: int) -> list[tuple[int, int]]:
     width = max(1, int(Fraction(fraction) * HASH_SPACE))
     if width == HASH_SPACE:
         return [(0, HASH_SPACE - 1)]
-    first = int.from_bytes(hashlib.blake2b(f"sample {seed}".encode(), digest_size=8).digest())
+    first = _start(seed)
     last = first + width - 1
     if last < HASH_SPACE:
         return [(first, last)]
     return [(0, last - HASH_SPACE), (first, HASH_SPACE - 1)]
+
+
+def sample_order(row_hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Row numbers from where the seed's ranges begin, uint64 (n,) to int64 (n,): the first of a sample are a smaller
+    sample."""
+    start = np.uint64(_start(seed))
+    return np.argsort(row_hashes - start, kind="stable")  # modulo the hash space
+
+
+def _start(seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"sample {seed}".encode(), digest_size=8).digest())
 
 
 def _first_hash(shard: int, shards: int) -> int:

@@ -30,9 +30,12 @@ from penstock.operators.encoding import ModelMismatch, TextRefused
 from penstock.operators.filtering import parse_where
 from penstock.operators.models import ModelUnavailable
 from penstock.pipelines.backfilling import BackfillStopped
+from penstock.pipelines.bridges import answers_through_bridge
+from penstock.pipelines.canary_sample import FEWEST_PASSAGES, SAMPLE_PASSAGES
 from penstock.pipelines.cleanup import DEFAULT_GRACE_HOURS, GraceTooShort, collect_garbage
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.diffing import compare
+from penstock.pipelines.health import HealthCheck
 from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
 from penstock.pipelines.ledger import LedgerDisagrees
 from penstock.pipelines.loading import PipelineFileInvalid
@@ -59,8 +62,8 @@ from penstock.pipelines.reporting import (
     with_duplicates,
 )
 from penstock.pipelines.tuning import unmet
-from penstock.pipelines.upgrade_pages import canary_page
-from penstock.pipelines.upgrade_views import upgrade_view
+from penstock.pipelines.upgrade_pages import canary_page, health_page
+from penstock.pipelines.upgrade_views import bridge_view, drift_words, health_view, upgrade_view
 from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
 
 EXIT_FAILED = 1
@@ -232,6 +235,60 @@ def dedup_curve(
     if page is not None:
         page.write_text(pairs_page(record), "utf-8")
     _output(json_, {"event": "dedup-curve", **record}, lambda: print_view(curve_view(record)))
+
+
+@app.command()
+def bridge(
+    file: File,
+    model: Annotated[str, typer.Option(help="The new model, named as in embedding.model.", show_default=False)],
+    set_: Overrides = None,
+    page: Annotated[Path | None, typer.Option(help="Show all that was measured in this HTML file.")] = None,
+    passages: Annotated[
+        int, typer.Option(min=FEWEST_PASSAGES, help="To draw; those of judged documents come on top.")
+    ] = SAMPLE_PASSAGES,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of the queries that judge.")] = 0,
+    json_: AsJson = False,
+) -> None:
+    """Try another model on a sample, and fit bridges by which the published index can be asked with it at once."""
+    old = Pipeline.load(file, set_ or ())
+    new = Pipeline.load(file, [*(set_ or ()), f"embedding.model={model}"])
+    record = old.bridge(new, choose_reporter(json_), passages, seed)
+    if page is not None:
+        page.write_text(canary_page(record), "utf-8")
+    _output(json_, {"event": "bridge", **record}, lambda: print_view(bridge_view(record)))
+    if not answers_through_bridge(record["bridges"]):
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def health(
+    alias: AliasName,
+    root: Root,
+    against: Annotated[
+        str | None, typer.Option(help="A version of the same index that this one must not have drifted from.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Show figures and plots in this HTML file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows that are looked at.")] = 0,
+    json_: AsJson = False,
+) -> None:
+    """Report on the vector space of the version that an alias points to."""
+    catalog, name = find_alias(open_store(root), alias)
+    entry = catalog.alias(name)
+    version = entry.version if entry else "none"
+    for one in [version, *([against] if against else [])]:
+        if not catalog.has_manifest(one):
+            raise AliasUnknown(
+                f"version ({one}) must be a published one of index {catalog.index}; see `penstock versions --root "
+                f"{root}`"
+            )
+    with Session() as session:
+        record = HealthCheck(session, choose_reporter(json_), catalog, seed=seed).report(version, against)
+    if page is not None:
+        page.write_text(health_page(record), "utf-8")
+    _output(json_, {"event": "health", **record}, lambda: print_view(health_view(record)))
+    if record.get("alarms"):
+        sys.stderr.write(f"drift since version {against}: {drift_words(record)}\n")
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -11,6 +11,8 @@ from typing import Any
 
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
+from penstock.pipelines.canary import ModelTrial
+from penstock.pipelines.canary_sample import SAMPLE_PASSAGES
 from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
 from penstock.pipelines.planning import Plan, alias_head, decided_before, make_plan, resolve
@@ -123,6 +125,24 @@ class Pipeline:
         plan = make_plan(resolve(self.config, self.origin), store, 0)
         with _stop_on_sigterm(), Session() as session:
             return curve_of_duplicates(plan, self.origin, store, session, reporter or SilentReporter())
+
+    def bridge(
+        self, new: "Pipeline", reporter: Reporter | None = None, passages: int = SAMPLE_PASSAGES, seed: int = 0
+    ) -> dict[str, Any]:
+        """Fit bridges between the published version's model and that of `new`, this pipeline with another `embedding`
+        section; the report of the sample that they were fitted to, with their records.
+
+        Args:
+            passages: how many to draw, beside those of judged documents.
+
+        Raises:
+            As `run`; ModelMismatch where the version was not made with this pipeline's model.
+        """
+        store, old = self.store, resolve(self.config, self.origin)
+        plan = make_plan(resolve(new.config, new.origin), store, 0)
+        with _stop_on_sigterm(), Session() as session:
+            trial = ModelTrial(session, store, reporter or SilentReporter(), new.origin, passages, seed)
+            return trial.run(old, plan)
 
 
 @contextmanager

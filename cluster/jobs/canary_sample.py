@@ -14,16 +14,14 @@ import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, open_fragment, read_fragment, read_hash_range, write_fragment
 from penstock.cluster.jobs.embeddings import ids_digest
+from penstock.cluster.jobs.sampling import oversampled_share
 from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.layout import PASSAGES, documents_path, fragment_path
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
 from penstock.operators.identity import fingerprint, row_hashes
-from penstock.operators.sharding import hash_range
+from penstock.operators.sharding import hash_range, sample_order
 
-# A range of hashes holds about as many rows as asked for: ask for more, then cut.
-OVERSAMPLING = 1.3
-OVERSAMPLED_ROWS = 64
 FRAGMENT_ROWS = 1_000  # so that several encoders share the sample; whatever their number, fragments are the same
 PLACE = ["source", "position"]
 
@@ -98,8 +96,7 @@ def sample_passages(task: CanarySampleTask) -> SampledPassages:
     path = fragment_path(PASSAGES, job.passages_fingerprint, task.fragment)
     with open_fragment(store, path) as file:
         names = file.schema_arrow.names
-    share = min(1.0, (job.wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(job.passages, 1))
-    ranges = hash_range(share, job.seed)
+    ranges = hash_range(oversampled_share(job.wanted, job.passages), job.seed)
     drawn = pa.concat_tables([read_hash_range(store, path, first, last, names) for first, last in ranges])
     kept = [_staying(task, store, rows.select(names)) for rows in (drawn, _judged_rows(job, store, path, names))]
     documents = None
@@ -111,9 +108,8 @@ def sample_passages(task: CanarySampleTask) -> SampledPassages:
 def first_drawn(table: pa.Table, wanted: int, seed: int) -> pa.Table:
     """`wanted` passages of a table with row_hash, from where the seed's range begins: a smaller sample lies in a larger
     one, however the corpus is cut."""
-    start = np.uint64(hash_range(0.5, seed)[-1][0])
-    behind = table.column("row_hash").to_numpy() - start  # modulo the hash space
-    return table.take(pa.array(np.argsort(behind, kind="stable")[:wanted]))
+    order = sample_order(table.column("row_hash").to_numpy(), seed)
+    return table.take(pa.array(order[:wanted]))
 
 
 def write_sample_fragments(

@@ -13,11 +13,16 @@ OVERSAMPLING = 1.3
 OVERSAMPLED_ROWS = 64
 
 
+def oversampled_share(wanted: int, rows: int) -> float:
+    """The share of the hash space that nearly surely holds `wanted` of so many rows."""
+    return min(1.0, (wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(rows, 1))
+
+
 def sample_vectors(store: Store, paths: Sequence[str], rows: int, wanted: int, seed: int) -> np.ndarray:
     """`wanted` of the `rows` vectors in embeddings fragments as float32 (n, d), all of them if there are fewer: a
     contiguous, seeded range of the hash space, in the order of hashes, so that the sample is uniform, bounded, the
     same for any cut into fragments, and little else is read."""
-    share = min(1.0, (wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(rows, 1))
+    share = oversampled_share(wanted, rows)
     parts: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
     for first, last in hash_range(share, seed):

@@ -4,19 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.cluster.jobs.sampling import sample_vectors
+from penstock.cluster.jobs.sampling import oversampled_share, sample_vectors
 from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.layout import EMBEDDINGS, fragment_path
 from penstock.cluster.node import connect
 from penstock.cluster.published import open_stored
 from penstock.operators.identity import row_hashes
 from penstock.operators.indexing import Metric
-from penstock.operators.sharding import hash_range
+from penstock.operators.sharding import hash_range, sample_order
 from penstock.operators.space_report import SpaceReport, space_report
-
-# A range of hashes holds about as many rows as asked for: ask for more, then cut.
-OVERSAMPLING = 1.3
-OVERSAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def sample_stored(task: StoredSampleTask) -> StoredSample:
     """The shard's rows in the seed's range of hashes. Fetches its ids and vectors; hashes every id."""
     ids, vectors = open_stored(connect(task.root), task.shard)
     hashes = row_hashes(ids.to_pylist())
-    share = min(1.0, (task.wanted * OVERSAMPLING + OVERSAMPLED_ROWS) / max(task.rows, 1))
+    share = oversampled_share(task.wanted, task.rows)
     inside = np.zeros(len(hashes), dtype=bool)
     for first, last in hash_range(share, task.seed):
         inside |= (hashes >= np.uint64(first)) & (hashes <= np.uint64(last))
@@ -75,9 +71,8 @@ def merge_stored(parts: list[StoredSample], wanted: int, seed: int) -> np.ndarra
     """The first `wanted` rows behind the start of the seed's range, in that order: float32 (n, d), the same rows for
     any number of shards, and nearly the same for two versions that share most of theirs."""
     hashes = np.concatenate([part.hashes for part in parts])
-    start = np.uint64(hash_range(0.5, seed)[-1][0])
-    order = np.argsort(hashes - start, kind="stable")[:wanted]  # modulo the hash space
-    sample: np.ndarray = np.concatenate([part.vectors for part in parts])[order]
+    vectors = np.concatenate([part.vectors for part in parts])
+    sample: np.ndarray = vectors[sample_order(hashes, seed)[:wanted]]
     return sample
 
 

@@ -31,7 +31,7 @@ def space(name: str, documents: np.ndarray, queries: np.ndarray) -> SampledSpace
 
 
 def planted(seed: int = 1) -> PairedSample:
-    """An old space, and a new one that is the old one rotated; each query is near one document, some of two passages."""
+    """An old space, and a new one that is the old one rotated; each query is near a document, some of two parts."""
     generator = np.random.default_rng(seed)
     documents = generator.normal(size=(DOCUMENTS, D)) + 0.5
     queries = documents[:QUERIES] + 0.3 * generator.normal(size=(QUERIES, D))

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.operators.identity import row_hashes
-from penstock.operators.sharding import HASH_SPACE, MOST_SHARDS, hash_range, shard_of, shard_range
+from penstock.operators.sharding import HASH_SPACE, MOST_SHARDS, hash_range, sample_order, shard_of, shard_range
 
 HASHES = st.integers(0, HASH_SPACE - 1)
 SHARD_COUNTS = st.integers(1, MOST_SHARDS)
@@ -99,3 +99,11 @@ def _inside(hashes: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
     for first, last in ranges:
         inside |= (hashes >= np.uint64(first)) & (hashes <= np.uint64(last))
     return inside
+
+
+@given(st.lists(HASHES, min_size=1, max_size=50, unique=True), st.integers(0, 20), st.floats(0.01, 1))
+def test_the_first_of_a_sample_are_a_smaller_sample(hashes: list[int], seed: int, share: float) -> None:
+    array = np.array(hashes, dtype=np.uint64)
+    ordered = [hashes[row] for row in sample_order(array, seed)]
+    inside = {one for one in hashes for first, last in hash_range(share, seed) if first <= one <= last}
+    assert set(ordered[: len(inside)]) == inside
