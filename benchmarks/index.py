@@ -6,7 +6,8 @@
 FILE.npy holds real vectors, float32 (n, d); where it is not there, passages of docstrings of the installed packages
 are encoded and kept under that name. The last `--queries` rows are held out. Each index is built on one thread, and the
 least search width that reaches the recall is found for each; then all take turns, `--rounds` times, with all queries as
-one batch on one thread. Peers that are not installed are left out and named: hnswlib, usearch.
+one batch on one thread. Peers that are not installed (hnswlib, usearch, lancedb) are left
+out and named.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ def wider(chosen: SearchParameters, steps: int) -> SearchParameters:
 # ---- peers
 
 
-def by_hand(vectors: np.ndarray) -> Iterator[Contender]:
+def by_hand(vectors: np.ndarray, folder: Path) -> Iterator[Contender]:
     """faiss as its wiki says, and the other libraries as far as they are installed."""
     rows, dimension = vectors.shape
     for factory, parameter, size in (
@@ -199,7 +201,7 @@ def by_hand(vectors: np.ndarray) -> Iterator[Contender]:
     ):
         yield _faiss(factory, parameter, vectors, size)
     yield _faiss_refined(f"IVF1024,PQ{dimension // 4}x4fs", vectors, dimension // 8 + 8 + 4 * dimension)
-    for make in (_hnswlib, _usearch):
+    for make in (_hnswlib, _usearch, partial(_lancedb, folder=folder / "lance")):
         try:
             yield make(vectors)
         except ImportError as error:
@@ -284,6 +286,33 @@ def _usearch(vectors: np.ndarray) -> Contender:
     return Contender("usearch M16 bf16", 2 * vectors.shape[1] + 149, 0, build_s, search, WIDTHS[4:])
 
 
+def _lancedb(vectors: np.ndarray, folder: Path) -> Contender:
+    """A table with an index of product codes, refined by the vectors of the table; both are read from disk."""
+    lancedb = importlib.import_module("lancedb")
+    rows, dimension = vectors.shape
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dimension)
+    started = time.perf_counter()
+    table = lancedb.connect(str(folder)).create_table("vectors", pa.table({"row": np.arange(rows), "vector": column}))
+    table.create_index(metric="dot", num_partitions=1024, num_sub_vectors=dimension // 4, index_type="IVF_PQ")
+    build_s = time.perf_counter() - started
+    files = (file for file in folder.glob("vectors.lance/_indices/**/*") if file.is_file())
+    size = sum(file.stat().st_size for file in files) / rows
+
+    def search(width: int) -> Search:
+        def ask(queries: np.ndarray) -> np.ndarray:
+            asked = table.search(list(queries)).distance_type("dot").nprobes(width).refine_factor(4).limit(K)
+            answer = asked.select(["row", "_distance"]).to_arrow()
+            found = np.full((len(queries), K), -1, np.int64)
+            numbers = answer.column("query_index").to_numpy()
+            places = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
+            found[numbers, places] = answer.column("row").to_numpy()
+            return found
+
+        return ask
+
+    return Contender("lancedb IVF1024,PQ96 refined", size, 4 * dimension, build_s, search)
+
+
 # ---- measuring
 
 
@@ -318,7 +347,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         chosen, picks[name] = pick(sample, budget, options.exhaustive)
         _note(f"{name}: {chosen.factory} in {picks[name]['seconds']:.0f} s")
         contenders.append(ours(name, chosen, base, folder))
-    for peer in by_hand(base):
+    for peer in by_hand(base, folder):
         _note(f"built {peer.name} in {peer.build_s:.0f} s")
         contenders.append(peer)
     for contender in contenders:
