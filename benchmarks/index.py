@@ -122,8 +122,8 @@ def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Tuned, float
     queries = sample.queries[:TUNING_QUERIES]
     grid = candidates(dimension, sample.metric, rows, budget, TRAINING_ROWS, SCREENING_SIZES[0])
 
-    def trials(some: Sequence[Candidate], size: int) -> list[Trial]:
-        part = make_sample(sample.vectors[:size], queries, sample.metric, K)
+    def trials(some: Sequence[Candidate], size: int, most_queries: int | None) -> list[Trial]:
+        part = make_sample(sample.vectors[:size], queries[:most_queries], sample.metric, K)
         return [one for group in groups(some) for one in measure(part, group, budget, SEED, TRAINING_ROWS, rows)]
 
     search = measure_grid if exhaustive else search_grid

@@ -354,9 +354,7 @@ def test_fewer_cells_than_shards_are_refused_before_anything_is_encoded(workspac
             {"family": "flat", "transforms": [{"type": "sphering", "dimension": 8}]},
             "queries and a transform of type sphering",
         ),
-        ({"transforms": [{"type": "pca"}]}, "are not chosen by family auto"),
         ({"family": "flat", "rerank_codec": "lvq8"}, "set rerank to true"),
-        ({"rerank_codec": "lvq8"}, "which needs a family"),
         ({"family": "flat", "iterations": 2}, "iterations (2) belongs to ivf"),
     ],
 )
