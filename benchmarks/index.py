@@ -48,6 +48,7 @@ from penstock.operators.tuning import (
     make_sample,
     measure,
     measure_grid,
+    screening_sample,
     search_grid,
 )
 
@@ -125,8 +126,9 @@ def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Tuned, float
     queries = sample.queries[:TUNING_QUERIES]
     grid = candidates(dimension, sample.metric, rows, budget, TRAINING_ROWS, SCREENING_SIZES[0])
 
-    def trials(some: Sequence[Candidate], size: int, most_queries: int | None) -> list[Trial]:
-        part = make_sample(sample.vectors[:size], queries[:most_queries], sample.metric, K)
+    def trials(some: Sequence[Candidate], size: int, screening: bool) -> list[Trial]:
+        make = screening_sample if screening else make_sample
+        part = make(sample.vectors[:size], queries, sample.metric, K)
         return [one for group in groups(some) for one in measure(part, group, budget, SEED, TRAINING_ROWS, rows)]
 
     search = measure_grid if exhaustive else search_grid

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -24,6 +24,7 @@ from penstock.operators.evaluation import (
 from penstock.operators.indexing import (
     TRAINING_ROWS_PER_CENTROID,
     Codec,
+    FaissObject,
     Family,
     IndexSpec,
     Metric,
@@ -31,6 +32,7 @@ from penstock.operators.indexing import (
     bytes_per_vector,
     factory_string,
     faiss_threads,
+    limit_iterations,
     nlist_of,
     open_index,
     requires_training,
@@ -194,7 +196,7 @@ class Sample:
 
     `neighbours` holds their rows, int64 (q, m), best first; `accepted` those that count as found. NO_ROW fills both.
     `counts` is how many true neighbours each query has, int64 (q,). `chain` are transforms in front of every index,
-    fitted; `stored` is how vectors for re-ranking are kept.
+    fitted; `stored` is how vectors for re-ranking are kept. `iterations` bounds those of k-means; None bounds nothing.
     """
 
     vectors: np.ndarray
@@ -206,6 +208,7 @@ class Sample:
     counts: np.ndarray
     chain: Chain | None = None
     stored: VectorCodec = VectorCodec.FLOAT16
+    iterations: int | None = None
 
     @property
     def space(self) -> tuple[int, Metric]:
@@ -236,6 +239,7 @@ def make_sample(
     k: int,
     chain: Chain | None = None,
     stored: VectorCodec = VectorCodec.FLOAT16,
+    iterations: int | None = None,
 ) -> Sample:
     """A sample with the exact neighbours of its queries."""
     batch = [(_row_ids(len(vectors)), vectors)]
@@ -244,7 +248,7 @@ def make_sample(
     known = [accepted_neighbours(truth, query, k) for query in range(len(queries))]
     counts, floors = (np.array([facts[column] for facts in known]) for column in (0, 1))
     accepted = np.where(truth.similarities >= floors[:, None], neighbours, NO_ROW)
-    return Sample(vectors, queries, truth, metric, neighbours, accepted, counts, chain, stored)
+    return Sample(vectors, queries, truth, metric, neighbours, accepted, counts, chain, stored, iterations)
 
 
 def groups(grid: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
@@ -308,7 +312,7 @@ def _built(
     spec = group[0].of_sample(rows, shard_rows).spec(*sample.space, rows, seed, training_rows)
     path = place / "index.faiss"
     started = time.perf_counter()
-    _build(spec, chain.apply_documents(sample.vectors) if chain else sample.vectors, path)
+    _build(spec, chain.apply_documents(sample.vectors) if chain else sample.vectors, path, sample.iterations)
     build_s = time.perf_counter() - started
     index = open_index(path, spec.family)
     queries = chain.apply_queries(sample.queries) if chain else sample.queries
@@ -538,13 +542,19 @@ def _elapsed(work: Callable[[], object]) -> float:
 # ---- building
 
 
-def _build(spec: IndexSpec, vectors: np.ndarray, path: Path) -> None:
-    """A shard of all the vectors, as a run builds one."""
-    trained = train_index(spec, vectors[: spec.training_rows] if requires_training(spec) else vectors[:0])
+def _build(spec: IndexSpec, vectors: np.ndarray, path: Path, most: int | None) -> None:
+    """A shard of all the vectors, as a run builds one, but for the iterations of k-means where these are bounded."""
+    plant = None if most is None else partial(_hasten, most=most)
+    rows = vectors[: spec.training_rows] if requires_training(spec) else vectors[:0]
+    trained = train_index(spec, rows, plant=plant)
     builder = ShardBuilder(trained)
     for first in range(0, len(vectors), BUILD_ROWS):
         builder.add(vectors[first : first + BUILD_ROWS])
     builder.write(path)
+
+
+def _hasten(index: FaissObject, sample: np.ndarray, most: int) -> None:
+    limit_iterations(index, most)
 
 
 def _stored(sample: Sample, path: Path) -> StoredVectors:

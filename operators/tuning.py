@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
+
 from penstock.operators.index_trials import Budget as Budget
 from penstock.operators.index_trials import Candidate as Candidate
 from penstock.operators.index_trials import Sample as Sample
@@ -26,12 +28,16 @@ from penstock.operators.indexing import (
     bytes_per_vector,
     fewest_training_rows,
 )
+from penstock.operators.transforms import Chain
+from penstock.operators.vector_codecs import VectorCodec
 
 # Sizes of the sample on which candidates are screened; a size is left out where all there is is not WORTH_SCREENING
 # times as much.
 SCREENING_SIZES = (2_500, 10_000)
 WORTH_SCREENING = 2
 SCREENING_QUERIES = 200  # of 500 they take two thirds of the time, and all but exact search the same order
+# Of k-means; code books of 25 were found by the same widths and factors, and took twice the time to build and search.
+SCREENING_ITERATIONS = 6
 LINKS = (16, 32)
 # Reduced graphs are of half the dimensions and from as many on; of fewer, links are most of what a search reads. Of
 # 99,000 x 384 real vectors in 8 bits one answers 1.26 times as many queries as the graph of all dimensions, in 0.64 of
@@ -56,7 +62,7 @@ LIST_STEP = 2  # numbers of lists or links that are further from those of a lead
 GROWTH_BOUNDS = {Family.FLAT: (1.0, 1.0), Family.IVF: (0.2, 0.7), Family.HNSW: (0.3, 0.6)}
 
 T = TypeVar("T")
-Measure: TypeAlias = Callable[[Sequence[Candidate], int, int | None], Sequence[Trial]]
+Measure: TypeAlias = Callable[[Sequence[Candidate], int, bool], Sequence[Trial]]
 Kind: TypeAlias = tuple[Family, bool]
 
 
@@ -122,6 +128,18 @@ def candidates(
     return fit
 
 
+def screening_sample(
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    metric: Metric,
+    k: int,
+    chain: Chain | None = None,
+    stored: VectorCodec = VectorCodec.FLOAT16,
+) -> Sample:
+    """As make_sample, on which candidates are measured roughly: with fewer queries, and fewer iterations of k-means."""
+    return make_sample(vectors, queries[:SCREENING_QUERIES], metric, k, chain, stored, SCREENING_ITERATIONS)
+
+
 def search_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: Measure) -> Tuned:
     """Screen the grid on samples of growing size, measure on `rows` vectors what promises most, and choose.
 
@@ -129,23 +147,23 @@ def search_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: M
     or links. How the time of each family grows with the rows is measured between two sizes.
 
     Args:
-        measure: trials of candidates on a sample of so many rows, with so many queries at most.
+        measure: trials of candidates on so many rows; whether on a `screening_sample`.
     """
     sizes = _screening_sizes(rows)
     found: list[Sequence[Trial]] = []
     remaining = list(representatives(grid)) if sizes else list(grid)
     for number, size in enumerate(sizes):
-        found.append(measure(remaining, size, SCREENING_QUERIES))
+        found.append(measure(remaining, size, True))
         estimates = estimated(found)
         remaining = _with_variants(leaders(estimates, budget), grid) if number == 0 else finalists(estimates, budget)
-    trials = sorted(estimated([*found, measure(remaining, rows, None)]), key=lambda trial: -trial.queries_per_s)
+    trials = sorted(estimated([*found, measure(remaining, rows, False)]), key=lambda trial: -trial.queries_per_s)
     screened = [trial for earlier in found for trial in earlier]
     return Tuned(budget, choose(trials, budget), tuple(trials), tuple(screened))
 
 
 def measure_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: Measure) -> Tuned:
     """Measure every candidate in full, and choose."""
-    trials = sorted(measure(grid, rows, None), key=lambda trial: -trial.queries_per_s)
+    trials = sorted(measure(grid, rows, False), key=lambda trial: -trial.queries_per_s)
     return Tuned(budget, choose(trials, budget), tuple(trials), ())
 
 

@@ -55,8 +55,8 @@ def tune_index(
     job = _job(session, resolved, embedded, root, budget)
     cpus = _measuring_cpus(session)
 
-    def measure(some: Sequence[Candidate], size: int, queries: int | None) -> Sequence[Trial]:
-        return _measure(session, some, TuningTask(job, size, (), queries), reporter, cpus)
+    def measure(some: Sequence[Candidate], size: int, screening: bool) -> Sequence[Trial]:
+        return _measure(session, some, TuningTask(job, size, (), screening), reporter, cpus)
 
     search = measure_grid if exhaustive else search_grid
     return _stamp(search(grid, min(SAMPLE_ROWS, rows), budget, measure).to_json())

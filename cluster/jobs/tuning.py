@@ -13,7 +13,7 @@ from penstock.operators.moments import Moments, moments_of
 from penstock.operators.searching import normalize
 from penstock.operators.transform_fitting import fit_chain
 from penstock.operators.transforms import Chain, Step
-from penstock.operators.tuning import Budget, Candidate, Trial, make_sample, measure
+from penstock.operators.tuning import Budget, Candidate, Trial, make_sample, measure, screening_sample
 from penstock.operators.vector_codecs import VectorCodec
 
 
@@ -43,13 +43,12 @@ class TuningJob:
 
 @dataclass(frozen=True)
 class TuningTask:
-    """Candidates to measure on `sample_rows` vectors, those with one index together; with the first `queries` of the
-    job's, or all."""
+    """Candidates to measure on `sample_rows` vectors, those with one index together; in full, or to screen them."""
 
     job: TuningJob
     sample_rows: int
     groups: tuple[tuple[Candidate, ...], ...]
-    queries: int | None = None
+    screening: bool = False
 
 
 def measure_candidates(task: TuningTask) -> Sequence[Trial]:
@@ -63,7 +62,8 @@ def measure_candidates(task: TuningTask) -> Sequence[Trial]:
     queries = job.queries
     if queries is None:
         queries, vectors = vectors[:held_out], vectors[held_out:]
-    sample = make_sample(vectors, queries[: task.queries], job.metric, job.budget.k, _fitted(job, vectors), job.stored)
+    make = screening_sample if task.screening else make_sample
+    sample = make(vectors, queries, job.metric, job.budget.k, _fitted(job, vectors), job.stored)
     shard_rows = max(job.shard_rows, len(vectors))
     trials: list[Trial] = []
     for group in task.groups:

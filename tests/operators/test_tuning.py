@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from penstock.operators.index_trials import usual_growth
-from penstock.operators.indexing import Codec, Family, Metric
+from penstock.operators.indexing import (
+    Codec,
+    FaissObject,
+    Family,
+    Metric,
+    core_index,
+    limit_iterations,
+    train_index,
+)
 from penstock.operators.moments import moments_of
 from penstock.operators.searching import SearchParameters
 from penstock.operators.transform_fitting import fit_chain
@@ -18,6 +26,7 @@ from penstock.operators.tuning import (
     HOPELESS,
     LEADERS,
     LEAST_REDUCED,
+    SCREENING_ITERATIONS,
     SCREENING_QUERIES,
     SCREENING_SIZES,
     Budget,
@@ -35,6 +44,7 @@ from penstock.operators.tuning import (
     measure_grid,
     pareto,
     representatives,
+    screening_sample,
     search_grid,
 )
 from penstock.operators.vector_codecs import VectorCodec
@@ -267,11 +277,11 @@ class Shop:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.asked: list[tuple[int, tuple[Candidate, ...]]] = []
-        self.queries: list[int | None] = []
+        self.screenings: list[bool] = []
 
-    def measure(self, some: Sequence[Candidate], size: int, queries: int | None) -> list[Trial]:
+    def measure(self, some: Sequence[Candidate], size: int, screening: bool) -> list[Trial]:
         self.asked.append((size, tuple(some)))
-        self.queries.append(queries)
+        self.screenings.append(screening)
         return [trial(one, size, self.rows, query_us=self.us(one, size), index_us=self.us(one, size)) for one in some]
 
     def us(self, one: Candidate, size: int) -> float:
@@ -291,14 +301,14 @@ def test_the_choice_of_the_whole_grid_is_found_with_few_measurements() -> None:
     shop, every = Shop(rows), Shop(rows)
     grid = candidates(384, Metric.COSINE, rows, BUDGET, 100_000, SCREENING_SIZES[0])
 
-    def projected(shop: Shop) -> Callable[[Sequence[Candidate], int, int | None], list[Trial]]:
-        return lambda some, size, queries: [one.grown(0.25) for one in shop.measure(some, size, queries)]
+    def projected(shop: Shop) -> Callable[[Sequence[Candidate], int, bool], list[Trial]]:
+        return lambda some, size, screening: [one.grown(0.25) for one in shop.measure(some, size, screening)]
 
     found = search_grid(grid, rows, BUDGET, projected(shop))
     best = measure_grid(grid, rows, BUDGET, projected(every))
     assert found.chosen.candidate == best.chosen.candidate and found.chosen.candidate.codec is Codec.PQFS
     assert [size for size, _ in shop.asked] == [*SCREENING_SIZES, rows]
-    assert shop.queries == [SCREENING_QUERIES, SCREENING_QUERIES, None] and every.queries == [None]
+    assert shop.screenings == [True, True, False] and every.screenings == [False]
     first, second, last = (len(some) for _, some in shop.asked)
     assert last <= FINALISTS + 1 < second < first == len(representatives(grid)) < len(grid) / 2
     assert len(found.screened) == first + second
@@ -337,6 +347,23 @@ def test_the_recall_of_each_factor_is_that_of_a_search(sample: Sample) -> None:
     assert found.shard_recall == found.recall and 0 < found.index_us <= found.query_us
     (part,) = measure(sample, [code], Budget(recall=0.93), seed=1, training_rows=10_000, shard_rows=10_000)
     assert part.recall >= 0.93 and part.shard_recall != part.recall
+
+
+def test_screening_asks_and_trains_less() -> None:
+    vectors, queries = unit(1500, 2), unit(SCREENING_QUERIES + 30, 3)
+    rough, fine = (make(vectors, queries, Metric.COSINE, 10) for make in (screening_sample, make_sample))
+    assert len(rough.queries) == SCREENING_QUERIES and len(fine.queries) == len(queries)
+    code = Candidate(Family.IVF, Codec.PQFS, True, pq_bytes=4, nlist=20)
+    assert of(rough, code, shard_rows=1500)[0].recall >= 0.9 <= of(fine, code, shard_rows=1500)[0].recall
+    spec = code.spec(DIMENSION, Metric.COSINE, 1500, 1, 1500)
+    found: list[int] = []
+
+    def look(index: FaissObject, sample: np.ndarray) -> None:
+        limit_iterations(index, SCREENING_ITERATIONS)
+        found.extend([core_index(index).cp.niter, core_index(index).pq.cp.niter])
+
+    train_index(spec, vectors, plant=look)
+    assert found == [SCREENING_ITERATIONS, SCREENING_ITERATIONS]
 
 
 def test_a_recall_of_zero_is_always_kept() -> None:
