@@ -41,7 +41,7 @@ SCREENING_ITERATIONS = 6
 LINKS = (16, 32)
 # Reduced graphs are of half the dimensions and from as many on; of fewer, links are most of what a search reads. Of
 # 99,000 x 384 real vectors in 8 bits one answers 1.26 times as many queries as the graph of all dimensions, in 0.64 of
-# its bytes; of 20,000 it is slower. Lists of 4-bit codes were never faster for fewer dimensions in as many bytes, lists
+# its bytes; of 20,000 it is slower. Lists of 4-bit codes were 0.9 as fast for fewer dimensions in as many bytes, lists
 # of 8-bit codes never as fast as those of 4 bits, and graphs of a quarter of the dimensions lost the recall.
 LEAST_REDUCED = 128
 # Lists per root of the rows. Queries of one batch share the lists that they scan, so that fewer are faster than the 4
