@@ -34,7 +34,10 @@ import pyarrow as pa
 
 from penstock.operators.index_trials import WIDTH_STEP
 from penstock.operators.indexing import Metric, ShardBuilder, open_index, requires_training, train_index
+from penstock.operators.moments import moments_of
 from penstock.operators.searching import SearchParameters, ShardSearcher, VectorWriter, open_vectors
+from penstock.operators.transform_fitting import fit_chain
+from penstock.operators.transforms import Chain, Pca
 from penstock.operators.tuning import (
     SCREENING_SIZES,
     Budget,
@@ -47,6 +50,7 @@ from penstock.operators.tuning import (
     make_sample,
     measure,
     measure_grid,
+    screening_sample,
     search_grid,
 )
 
@@ -124,8 +128,9 @@ def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Tuned, float
     queries = sample.queries[:TUNING_QUERIES]
     grid = candidates(dimension, sample.metric, rows, budget, TRAINING_ROWS, SCREENING_SIZES[0])
 
-    def trials(some: Sequence[Candidate], size: int) -> list[Trial]:
-        part = make_sample(sample.vectors[:size], queries, sample.metric, K)
+    def trials(some: Sequence[Candidate], size: int, screening: bool) -> list[Trial]:
+        make = screening_sample if screening else make_sample
+        part = make(sample.vectors[:size], queries, sample.metric, K)
         return [one for group in groups(some) for one in measure(part, group, budget, SEED, TRAINING_ROWS, rows)]
 
     search = measure_grid if exhaustive else search_grid
@@ -156,9 +161,11 @@ def ours(name: str, trial: Trial, vectors: np.ndarray, folder: Path) -> Contende
     place = folder / name.replace(" ", "-")
     place.mkdir()
     started = time.perf_counter()
-    builder = ShardBuilder(train_index(spec, vectors[:TRAINING_ROWS] if requires_training(spec) else vectors[:0]))
+    chain = fitted(trial.candidate, vectors)
+    indexed = chain.apply_documents(vectors) if chain else vectors
+    builder = ShardBuilder(train_index(spec, indexed[:TRAINING_ROWS] if requires_training(spec) else indexed[:0]))
     for first in range(0, rows, BUILD_ROWS):
-        builder.add(vectors[first : first + BUILD_ROWS])
+        builder.add(indexed[first : first + BUILD_ROWS])
     builder.write(place / "index.faiss")
     build_s = time.perf_counter() - started
     stored = None
@@ -167,14 +174,22 @@ def ours(name: str, trial: Trial, vectors: np.ndarray, folder: Path) -> Contende
             writer.add(vectors)
         stored = open_vectors(place / "vectors.arrow")
     ids = pa.array([str(row) for row in range(rows)])
-    searcher = ShardSearcher(open_index(place / "index.faiss", spec.family), ids, stored, Metric.COSINE, 0)
+    searcher = ShardSearcher(open_index(place / "index.faiss", spec.family), ids, stored, Metric.COSINE, 0, chain)
 
     def search(width: int) -> Search:
         return lambda queries: searcher.search(queries, K, wider(trial.parameters, width)).rows
 
-    size = (place / "index.faiss").stat().st_size / rows
-    label = f"planner, {name}: {spec.factory}{' + float16 re-ranking' if trial.candidate.rerank else ''}"
+    size = ((place / "index.faiss").stat().st_size + (len(chain.to_bytes()) if chain else 0)) / rows
+    label = f"planner, {name}: {trial.factory}{' + float16 re-ranking' if trial.candidate.rerank else ''}"
     return Contender(label, size, trial.rerank_bytes, build_s, search, widths=range(10), ours=True)
+
+
+def fitted(candidate: Candidate, vectors: np.ndarray) -> Chain | None:
+    """The principal components that a choice keeps, of all vectors as a run fits them; None where it keeps all."""
+    if candidate.reduced is None:
+        return None
+    moments = moments_of(vectors, vectors.mean(axis=0, dtype=np.float64))
+    return fit_chain([Pca(candidate.reduced)], vectors.shape[1], moments)
 
 
 def wider(chosen: SearchParameters, steps: int) -> SearchParameters:

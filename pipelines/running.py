@@ -570,7 +570,7 @@ class Run:
             checks=tuple(checks),
             entries=tuple(self._entries),
             manifest=manifest,
-            index_bytes=index_bytes(shards),
+            index_bytes=index_bytes(shards, files.files),
             seconds=time.monotonic() - self._started,
             notes=notes,
             encoder=self._encoder,
