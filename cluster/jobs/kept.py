@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.cluster.fragments import Receipt, Work, read_fragment, write_fragment
-from penstock.cluster.jobs.removal import RemovalJob, removed_rows
+from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob, removed_rows
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
+from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import EMBEDDINGS, KEPT, fragment_path
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
@@ -59,7 +60,7 @@ def keep_rows(task: KeptTask) -> Work:
     hashes = embedded.column("row_hash").to_numpy()
     kept_hash, similarity = np.zeros(len(hashes), np.uint64), np.zeros(len(hashes), np.float32)
     goes = np.zeros(len(hashes), bool)
-    for table in removed_rows(store, job.removal):
+    for table in _gone(store, job, task.pair.embeddings):
         removed = table.column("removed").to_numpy()  # ascending
         place = np.searchsorted(removed, hashes)
         here = np.flatnonzero(place < len(removed))
@@ -79,6 +80,13 @@ def keep_rows(task: KeptTask) -> Work:
     )
     write_fragment(store, links_path(job.fingerprint, task.name), links)
     return _write_kept(store, task, embedded.filter(pa.array(~goes)), int(goes.sum()), started)
+
+
+def _gone(store: Store, job: KeptJob, fragment: str) -> Iterator[pa.Table]:
+    """What goes (REMOVED_SCHEMA): rows of the fragment by earlier decisions, and all rows of each bucket."""
+    if job.removal.standing:
+        yield decisions_on(store, job.removal.standing, fragment)[1].rename_columns(REMOVED_SCHEMA.names)
+    yield from removed_rows(store, job.removal)
 
 
 def merged_links(store: Store, fingerprint: str, fragments: tuple[str, ...]) -> Iterator[pa.Table]:

@@ -21,6 +21,7 @@ from penstock.cluster.fragments import (
 )
 from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.jobs.similarity import LEFT, RIGHT, SIMILARITY, stored_pairs
+from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import PASSAGES, REMOVAL, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
@@ -42,6 +43,7 @@ from penstock.operators.independent_set import (
 BUCKET_PAIRS = 4_000_000
 POSITION_DIGITS = 20
 PLACE_COLUMNS = ("passage_id", "source", "position")  # by which a selection names passages
+ORDER = ["row", "key", "stands"]  # what rows are put in order by
 REMOVED_SCHEMA = pa.schema([("removed", pa.uint64()), ("kept", pa.uint64()), (SIMILARITY, pa.float32())])
 
 
@@ -55,6 +57,8 @@ class RemovalJob:
             them have `exclusions` by a selection.
         column: of passages, for Keep.COLUMN; `descending` prefers its largest values.
         seed: of Keep.RANDOM.
+        standing: fingerprint of decisions that were carried over, on `fragments` of embeddings: rows that stand come
+            before all others.
     """
 
     root: str
@@ -70,6 +74,8 @@ class RemovalJob:
     seed: int = 0
     selection_fingerprint: str = ""
     exclusions: frozenset[str] = frozenset()
+    standing: str | None = None
+    fragments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def send_keys(task: BucketTask) -> int:
         return 0
     row, neighbour, similarity = _own_pairs(store, task)
     own, place = np.unique(row, return_inverse=True)
-    keys = _keys(store, job, own, place)
+    keys, stands = _keys(store, job, own, place), pa.array(_standing(store, job, own))
     messages = pa.table(
         {
             "bucket": bucket_of(neighbour, job.buckets),
@@ -112,9 +118,10 @@ def send_keys(task: BucketTask) -> int:
             "neighbour": row,
             SIMILARITY: similarity,
             "key": keys.take(pa.array(place)),
+            "stands": stands.take(pa.array(place)),
         }
     )
-    owners = pa.table({"bucket": np.full(len(own), task.bucket), "row": own, "key": keys})
+    owners = pa.table({"bucket": np.full(len(own), task.bucket), "row": own, "key": keys, "stands": stands})
     _write(store, job, f"own-{task.bucket:05d}", owners)
     _write(store, job, f"keys-{task.bucket:05d}", messages.sort_by([("bucket", "ascending"), ("row", "ascending")]))
     return len(own)
@@ -128,11 +135,10 @@ def order_neighbours(task: BucketTask) -> int:
         return 0
     messages = pa.concat_tables([_messages(store, job, f"keys-{b:05d}", task.bucket) for b in range(job.buckets)])
     own = read_fragment(store, _path(job, f"own-{task.bucket:05d}"))
-    known = pa.concat_tables(
-        [own.select(["row", "key"]), messages.select(["neighbour", "key"]).rename_columns(["row", "key"])]
-    )
+    known = pa.concat_tables([own.select(ORDER), messages.select(["neighbour", *ORDER[1:]]).rename_columns(ORDER)])
     hashes, first = np.unique(known.column("row").to_numpy(), return_index=True)
     rank = ranks(known.column("key").take(pa.array(first)), hashes, _descends(job))
+    rank = np.where(known.column("stands").to_numpy()[first], rank, rank + len(rank))
     row, neighbour = (messages.column(column).to_numpy() for column in ("row", "neighbour"))
     row_rank = rank[np.searchsorted(hashes, row)]
     earlier = rank[np.searchsorted(hashes, neighbour)] < row_rank
@@ -250,6 +256,15 @@ def _keys(store: Store, job: RemovalJob, own: np.ndarray, place: np.ndarray) -> 
             return _column(store, job, own, ["source", "position", "ordinal"])
         case Keep.COLUMN:
             return _column(store, job, own, [job.column])
+
+
+def _standing(store: Store, job: RemovalJob, own: np.ndarray) -> np.ndarray:
+    """Which of the rows `own` (n,), ascending, stay by earlier decisions: bool (n,)."""
+    stands = np.zeros(len(own), bool)
+    if job.standing is not None:
+        for fragment in job.fragments:
+            stands |= np.isin(own, decisions_on(store, job.standing, fragment)[0].column("row_hash").to_numpy())
+    return stands
 
 
 def _descends(job: RemovalJob) -> bool:
