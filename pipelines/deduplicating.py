@@ -169,6 +169,7 @@ class Deduplicating:
             "comparisons": sum(one.comparisons for one in records),
             "predicted_factor": round(factor, 4),
             "pairs": sum(one.pairs for one in records),
+            "equal_rows": sum(one.equal for one in records),
             "pair_recall": recall,
             "removed": carried.gone + removed,
             "rows": self.embedded.rows,
@@ -298,7 +299,7 @@ class Deduplicating:
             tuple(path for record in records for path in record.files),
             plan.similarity,
             deduplicate.keep_rule(),
-            buckets_for(sum(record.pairs for record in records)),
+            buckets_for(sum(record.pairs + record.equal for record in records)),
             passages_fingerprint=self.resolved.stage_fingerprint(PASSAGES),
             passages=tuple(sorted(fact.passages for fact in kept)),
             selection_fingerprint=self.resolved.selection_fingerprint,
@@ -308,6 +309,7 @@ class Deduplicating:
             seed=plan.seed,
             standing=plan.standing,
             fragments=tuple(sorted(embedded.embeddings.values())),
+            equal_files=tuple(path for record in records for path in record.equal_files),
         )
 
     def _keep(self, plan: Deduplicated, removal: RemovalJob) -> dict[str, int]:

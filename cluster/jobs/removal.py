@@ -2,11 +2,18 @@
 
 A task takes one bucket of the hash space. It first tells the buckets of its rows' neighbours how these rows are
 preferred, then round by round which of them are decided. What it wrote is read by the tasks of the next step: no
-process holds more than its bucket's pairs. The result is that of deciding row by row in the order of preference.
+process reads or holds more than its bucket's pairs. The result is that of deciding row by row in the order of
+preference.
+
+Rows with equal vectors are decided as one, which is preferred as the best of them: they have the same neighbours and
+are neighbours themselves, so all but the best go in any case, and the best stays unless something preferred to it is
+similar to all of them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import assert_never
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +26,9 @@ from penstock.cluster.fragments import (
     read_rows_with,
     write_fragment,
 )
+from penstock.cluster.jobs.pair_ends import EndsTask, read_ends, write_ends
 from penstock.cluster.jobs.selection import kept_rows
-from penstock.cluster.jobs.similarity import LEFT, RIGHT, SIMILARITY, stored_pairs
+from penstock.cluster.jobs.similarity import SIMILARITY
 from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import PASSAGES, REMOVAL, fragment_path, stage_folder
 from penstock.cluster.node import connect
@@ -43,7 +51,7 @@ from penstock.operators.independent_set import (
 BUCKET_PAIRS = 4_000_000
 POSITION_DIGITS = 20
 PLACE_COLUMNS = ("passage_id", "source", "position")  # by which a selection names passages
-ORDER = ["row", "key", "stands"]  # what rows are put in order by
+ORDER = ["row", "key", "best", "stands"]  # what rows are put in order by
 REMOVED_SCHEMA = pa.schema([("removed", pa.uint64()), ("kept", pa.uint64()), (SIMILARITY, pa.float32())])
 
 
@@ -59,6 +67,7 @@ class RemovalJob:
         seed: of Keep.RANDOM.
         standing: fingerprint of decisions that were carried over, on `fragments` of embeddings: rows that stand come
             before all others.
+        equal_files: of links from the first of rows with equal vectors, which alone is in pairs, to the others.
     """
 
     root: str
@@ -76,6 +85,7 @@ class RemovalJob:
     exclusions: frozenset[str] = frozenset()
     standing: str | None = None
     fragments: tuple[str, ...] = ()
+    equal_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,10 @@ def buckets_for(pairs: int) -> int:
 def remove_duplicates(session: Session, job: RemovalJob) -> int:
     """Decides all rows and stores what goes; returns the number of rows that go. What is done is not done again."""
     buckets = range(job.buckets)
-    for step in (send_keys, order_neighbours):
+    files = [(path, True) for path in job.files] + [(path, False) for path in job.equal_files]
+    for _ in session.stream(write_ends, [EndsTask(job.root, path, job.buckets, both) for path, both in files]):
+        pass
+    for step in (send_sizes, send_keys, order_neighbours) if _weighted(job) else (send_keys, order_neighbours):
         for _ in session.stream(step, [BucketTask(job, bucket) for bucket in buckets]):
             pass
     undecided, number = 1, 0
@@ -103,28 +116,50 @@ def remove_duplicates(session: Session, job: RemovalJob) -> int:
     return sum(session.stream(represent, [BucketTask(job, bucket, number) for bucket in buckets]))
 
 
+def send_sizes(task: BucketTask) -> int:
+    """Tell the neighbours of the bucket's rows how many more rows are equal to these; returns the messages."""
+    job, store = task.job, connect(task.job.root)
+    if _is_done(store, job, f"sizes-{task.bucket:05d}"):
+        return 0
+    rows = _Rows(store, task)
+    more = np.bincount(rows.first, minlength=len(rows.own))[rows.place]
+    told = more > 0
+    messages = pa.table(
+        {
+            "bucket": bucket_of(rows.neighbour[told], job.buckets),
+            "row": rows.neighbour[told],
+            "more": more[told],
+        }
+    )
+    _write(store, job, f"sizes-{task.bucket:05d}", messages.sort_by([("bucket", "ascending"), ("row", "ascending")]))
+    return int(np.count_nonzero(told))
+
+
 def send_keys(task: BucketTask) -> int:
-    """Tell the neighbours of the bucket's rows how these are preferred; returns their number."""
+    """Tell the neighbours of the bucket's rows how these are preferred; returns the number of these rows, of equal ones
+    the first alone."""
     job, store = task.job, connect(task.job.root)
     if _is_done(store, job, f"keys-{task.bucket:05d}"):
         return 0
-    row, neighbour, similarity = _own_pairs(store, task)
-    own, place = np.unique(row, return_inverse=True)
-    keys, stands = _keys(store, job, own, place), pa.array(_standing(store, job, own))
+    rows = _Rows(store, task)
+    keys, best = _preferred(store, task, rows)
+    stands = _standing(store, job, rows.own)
     messages = pa.table(
         {
-            "bucket": bucket_of(neighbour, job.buckets),
-            "row": neighbour,
-            "neighbour": row,
-            SIMILARITY: similarity,
-            "key": keys.take(pa.array(place)),
-            "stands": stands.take(pa.array(place)),
+            "bucket": bucket_of(rows.neighbour, job.buckets),
+            "row": rows.neighbour,
+            "neighbour": rows.row,
+            SIMILARITY: rows.similarity,
+            "key": keys.take(pa.array(rows.place)),
+            "best": best[rows.place],
+            "stands": stands[rows.place],
         }
     )
-    owners = pa.table({"bucket": np.full(len(own), task.bucket), "row": own, "key": keys, "stands": stands})
+    columns = np.full(len(best), task.bucket), rows.own, keys, best, stands
+    owners = pa.table(dict(zip(["bucket", *ORDER], columns, strict=True)))
     _write(store, job, f"own-{task.bucket:05d}", owners)
     _write(store, job, f"keys-{task.bucket:05d}", messages.sort_by([("bucket", "ascending"), ("row", "ascending")]))
-    return len(own)
+    return len(best)
 
 
 def order_neighbours(task: BucketTask) -> int:
@@ -135,20 +170,21 @@ def order_neighbours(task: BucketTask) -> int:
         return 0
     messages = pa.concat_tables([_messages(store, job, f"keys-{b:05d}", task.bucket) for b in range(job.buckets)])
     own = read_fragment(store, _path(job, f"own-{task.bucket:05d}"))
-    known = pa.concat_tables([own.select(ORDER), messages.select(["neighbour", *ORDER[1:]]).rename_columns(ORDER)])
+    told = messages.select(["neighbour", *ORDER[1:]]).rename_columns(ORDER)
+    known = pa.concat_tables([own.select(ORDER), told])
     hashes, first = np.unique(known.column("row").to_numpy(), return_index=True)
-    rank = ranks(known.column("key").take(pa.array(first)), hashes, _descends(job))
+    best = known.column("best").to_numpy()[first]
+    rank = ranks(known.column("key").take(pa.array(first)), best, _descends(job))
     rank = np.where(known.column("stands").to_numpy()[first], rank, rank + len(rank))
-    row, neighbour = (messages.column(column).to_numpy() for column in ("row", "neighbour"))
-    row_rank = rank[np.searchsorted(hashes, row)]
-    earlier = rank[np.searchsorted(hashes, neighbour)] < row_rank
+    row, neighbour = (np.searchsorted(hashes, messages.column(column).to_numpy()) for column in ("row", "neighbour"))
     table = pa.table(
         {
-            "row": row,
-            "neighbour": neighbour,
+            "row": hashes[row],
+            "neighbour": hashes[neighbour],
             SIMILARITY: messages.column(SIMILARITY),
-            "earlier": earlier,
-            "row_rank": row_rank,
+            "earlier": rank[neighbour] < rank[row],
+            "row_rank": rank[row],
+            "best": best[neighbour],
         }
     )
     _write(store, job, name, table.sort_by([("row", "ascending"), ("neighbour", "ascending")]))
@@ -179,10 +215,21 @@ def represent(task: BucketTask) -> int:
     job, store = task.job, connect(task.job.root)
     bucket = _Bucket(store, task)
     gone, kept, similarity = representatives(bucket.neighbours, bucket.states)
-    table = pa.table([bucket.hashes[gone], bucket.hashes[kept], similarity], schema=REMOVED_SCHEMA)
-    receipt = Receipt(f"removed-{task.bucket:05d}", len(gone), len(gone))
-    _write(store, job, f"removed-{task.bucket:05d}", table, receipt)
-    return len(gone)
+    known = read_fragment(store, _path(job, f"own-{task.bucket:05d}"))
+    own, stands_for = (known.column(name).to_numpy() for name in ("row", "best"))  # what represents each row
+    own_similarity, goes = np.ones(len(own), np.float32), np.searchsorted(own, bucket.hashes[gone])
+    stands_for = stands_for.copy()
+    stands_for[goes], own_similarity[goes] = bucket.best[kept], similarity
+    links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0)
+    first = np.searchsorted(own, links.column("row").to_numpy())
+    rows = np.concatenate([own, links.column("neighbour").to_numpy()])
+    of = np.concatenate([np.arange(len(own)), first])
+    order = np.argsort(rows, kind="stable")
+    order = order[rows[order] != stands_for[of[order]]]
+    columns = [rows[order], stands_for[of[order]], own_similarity[of[order]]]
+    receipt = Receipt(f"removed-{task.bucket:05d}", len(order), len(order))
+    _write(store, job, f"removed-{task.bucket:05d}", pa.table(columns, schema=REMOVED_SCHEMA), receipt)
+    return len(order)
 
 
 def removed_rows(store: Store, job: RemovalJob) -> Iterator[pa.Table]:
@@ -201,6 +248,8 @@ class _Bucket:
         row, neighbour = (table.column(name).to_numpy() for name in ("row", "neighbour"))
         self.hashes = np.unique(np.concatenate([row, neighbour]))
         self._row, self._neighbour = (np.searchsorted(self.hashes, column) for column in (row, neighbour))
+        self.best = np.zeros(len(self.hashes), np.uint64)  # of the rows that are equal to a neighbour
+        self.best[self._neighbour] = table.column("best").to_numpy()
         self._earlier = table.column("earlier").to_numpy()
         similarity = table.column(SIMILARITY).to_numpy()[self._earlier]
         self.neighbours = Neighbours(self._row[self._earlier], self._neighbour[self._earlier], similarity)
@@ -228,34 +277,76 @@ class _Bucket:
         return pa.table({"bucket": to, "row": self.hashes[rows], "stays": self.states[rows] == STAYS})
 
 
-def _own_pairs(store: Store, task: BucketTask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every row of the bucket with each of its neighbours: uint64 (e,), uint64 (e,), float32 (e,)."""
-    job = task.job
-    rows, neighbours = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-    similarities = [np.empty(0, np.float32)]
-    for table in stored_pairs(store, job.files, job.similarity):
-        for one, other in ((LEFT, RIGHT), (RIGHT, LEFT)):
-            row = table.column(one).to_numpy()
-            own = bucket_of(row, job.buckets) == task.bucket
-            rows.append(row[own])
-            neighbours.append(table.column(other).to_numpy()[own])
-            similarities.append(table.column(SIMILARITY).to_numpy()[own])
-    return np.concatenate(rows), np.concatenate(neighbours), np.concatenate(similarities)
+class _Rows:
+    """The rows of a bucket that are in pairs or the first of equal ones.
+
+    Attributes:
+        row, neighbour: uint64 (e,), every row with each of its neighbours; `similarity` float32 (e,).
+        own: uint64 (n,), the rows, ascending; `place` int64 (e,) is that of each pair's.
+        first, equal: int64 (m,) and uint64 (m,), a row by its place in `own` and another that is equal to it.
+    """
+
+    def __init__(self, store: Store, task: BucketTask) -> None:
+        job = task.job
+        pairs = read_ends(store, job.files, job.buckets, task.bucket, job.similarity)
+        links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0)
+        self.row, self.neighbour, self.similarity = (pairs.column(i).to_numpy() for i in (1, 2, 3))
+        first, self.equal = (links.column(i).to_numpy() for i in (1, 2))
+        self.own = np.unique(np.concatenate([self.row, first]))
+        self.first = np.searchsorted(self.own, first)
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        place: np.ndarray = np.searchsorted(self.own, self.row)
+        return place
 
 
-def _keys(store: Store, job: RemovalJob, own: np.ndarray, place: np.ndarray) -> pa.Array:
-    """What each of the rows `own` (n,) is preferred by; `place` is the row of each pair."""
+def _preferred(store: Store, task: BucketTask, rows: _Rows) -> tuple[pa.Array, np.ndarray]:
+    """What each of the bucket's rows is preferred by, and which of its equals that is: uint64 (n,)."""
+    job, number = task.job, np.arange(len(rows.own))
+    hashes, of = np.concatenate([rows.own, rows.equal]), np.concatenate([number, rows.first])
+    order = np.argsort(hashes, kind="stable")
+    hashes, of = hashes[order], of[order]
+    keys = pa.array(_degrees(store, task, rows)[of]) if job.keep is Keep.DENSEST else _keys(store, job, hashes)
+    if len(rows.equal) == 0:
+        return keys, hashes
+    rank = ranks(keys, hashes, _descends(job))
+    best = np.lexsort((rank, of))
+    best = best[np.flatnonzero(np.diff(of[best], prepend=-1))]
+    return keys.take(pa.array(best)), hashes[best]
+
+
+def _weighted(job: RemovalJob) -> bool:
+    """Whether it matters of how many equal rows a neighbour is one."""
+    return job.keep is Keep.DENSEST and len(job.equal_files) > 0
+
+
+def _degrees(store: Store, task: BucketTask, rows: _Rows) -> np.ndarray:
+    """The neighbours int64 (n,) of each of the bucket's rows, its equals among them."""
+    job, count = task.job, len(rows.own)
+    degrees = np.bincount(rows.place, minlength=count) + np.bincount(rows.first, minlength=count)
+    for bucket in range(job.buckets) if _weighted(job) else ():
+        messages = _messages(store, job, f"sizes-{bucket:05d}", task.bucket)
+        place = np.searchsorted(rows.own, messages.column("row").to_numpy())
+        degrees += np.bincount(place, messages.column("more").to_numpy(), count).astype(np.int64)
+    return degrees
+
+
+def _keys(store: Store, job: RemovalJob, rows: np.ndarray) -> pa.Array:
+    """What each of some rows, ascending uint64 (n,), is preferred by, where that is a fact of the row."""
     match job.keep:
         case Keep.RANDOM:
-            return pa.array(random_keys(own, job.seed))
-        case Keep.DENSEST:
-            return pa.array(np.bincount(place, minlength=len(own)))
+            return pa.array(random_keys(rows, job.seed))
         case Keep.LONGEST:
-            return _column(store, job, own, ["tokens"])
+            return _column(store, job, rows, ["tokens"])
         case Keep.FIRST:
-            return _column(store, job, own, ["source", "position", "ordinal"])
+            return _column(store, job, rows, ["source", "position", "ordinal"])
         case Keep.COLUMN:
-            return _column(store, job, own, [job.column])
+            return _column(store, job, rows, [job.column])
+        case Keep.DENSEST:
+            raise ValueError(f"keep ({job.keep}) must be a fact of single rows here; count neighbours")
+        case _:
+            assert_never(job.keep)
 
 
 def _standing(store: Store, job: RemovalJob, own: np.ndarray) -> np.ndarray:

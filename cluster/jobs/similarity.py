@@ -32,6 +32,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.cell_sharing import share_cells
 from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth, similarity_histogram
+from penstock.operators.equal_rows import first_equal
 from penstock.operators.replication import Copies, copies_of
 from penstock.operators.sharding import hash_range
 from penstock.operators.similar_pairs import Join, Pairs, cell_pairs, graph_pairs, similar_pairs, unit_rows
@@ -40,8 +41,8 @@ MOST_COPIES = 4.0  # rows stored for each row, beyond which an exact join costs 
 GRAPH_COPIES = 2  # parts beside its own in which the graph join looks for neighbours of a row
 # Bytes of a row in a join for each of its components: float32, short rows, and the stored form while it is read.
 JOIN_BYTES_PER_COMPONENT = 16
-# 20 bytes each, three times while they are sorted and written.
-PAIRS_PER_FILE = 4_000_000
+# 20 bytes each, three times while they are sorted and written, and 100 where they are dealt out to their rows.
+PAIRS_PER_FILE = 2_000_000
 PREDICTED_ROWS = 8_192
 SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
 LEFT, RIGHT, SIMILARITY = "left", "right", "similarity"
@@ -141,6 +142,9 @@ class HistogramTask:
 class PartRecord:
     """A joined part.
 
+    Of rows with equal vectors the first by hash alone is in pairs. `equal` others are linked to it by pairs (first as
+    left, other as right) in `equal_files`, unless they stood before: each has all pairs of the first.
+
     Attributes:
         rows: at home in it, of which so many are `open`: new to the join; `copies` are of rows of other parts.
         comparisons: pairs of rows among which those that are similar were looked for.
@@ -154,6 +158,8 @@ class PartRecord:
     comparisons: int
     pairs: int
     files: tuple[str, ...]
+    equal: int = 0
+    equal_files: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
@@ -161,7 +167,7 @@ class PartRecord:
     @staticmethod
     def from_json(data: bytes) -> "PartRecord":
         fields = json.loads(data)
-        return PartRecord(**{**fields, "files": tuple(fields["files"])})
+        return PartRecord(**{**fields, **{name: tuple(fields[name]) for name in ("files", "equal_files")}})
 
 
 def parts_for(rows: int, dimension: int, memory_bytes: int, factor: float = 1.0) -> int:
@@ -269,6 +275,12 @@ def join_part(task: PartTask) -> PartRecord:
     """
     job, store = task.job, connect(task.job.root)
     rows = _read_part(store, job, task.part)
+    natives, copies = int(rows.native.sum()), int(np.count_nonzero(~rows.native))
+    open_ = int(np.count_nonzero(rows.native & ~rows.standing))
+    rows, equal = _distinct(rows)
+    equal_files = [f"{stage_folder(PAIRS, job.fingerprint)}/equal-{task.part:05d}.parquet"] if equal.num_rows else []
+    for path in equal_files:
+        write_fragment(store, path, equal)
     files: list[str] = []
     count = 0
     for pairs in _gathered(_joined(job, rows), PAIRS_PER_FILE):
@@ -276,9 +288,10 @@ def join_part(task: PartTask) -> PartRecord:
         write_fragment(store, path, _pair_table(pairs, rows.hashes))
         files.append(path)
         count += len(pairs)
-    natives, open_ = int(rows.native.sum()), int((rows.native & ~rows.standing).sum())
-    copies, comparisons = len(rows.native) - natives, _comparisons(job, rows)
-    record = PartRecord(task.part, natives, open_, copies, comparisons, count, tuple(files))
+    comparisons = _comparisons(job, rows)
+    record = PartRecord(
+        task.part, natives, open_, copies, comparisons, count, tuple(files), equal.num_rows, tuple(equal_files)
+    )
     store.write(_record_path(job, task.part), record.to_json())
     return record
 
@@ -310,13 +323,15 @@ def measured_recall(
     if not truth:
         return pair_recall(np.empty(0, np.int64), np.empty(0, bool))
     wanted = np.unique(np.concatenate(truth), axis=0)
-    found = np.zeros(len(wanted), bool)
     store = connect(job.root)
+    sampled = wanted[:, 0]
+    wanted = _firsts(store, [path for record in records for path in record.equal_files], wanted)
+    found = wanted[:, 0] == wanted[:, 1]
     for table in stored_pairs(store, [path for record in records for path in record.files], job.floor):
         left, right = (table.column(name).to_numpy() for name in (LEFT, RIGHT))
         for ends in ((left, right), (right, left)):
             found |= _contained(wanted, np.stack(ends, axis=1))
-    return pair_recall(wanted[:, 0], found)
+    return pair_recall(sampled, found)
 
 
 def true_pairs(task: RecallTask) -> np.ndarray:
@@ -394,6 +409,31 @@ def _read_part(store: Store, job: JoinJob, part: int) -> _PartRows:
         rows.column("standing").to_numpy()[order],
         rows.column("cell").to_numpy()[order],
     )
+
+
+def _distinct(rows: _PartRows) -> tuple[_PartRows, pa.Table]:
+    """The rows of which no earlier one has the same vector, and those that stood before; and links (PAIR_SCHEMA) from
+    the others that are at home here to the first of their equals."""
+    number = np.flatnonzero(~rows.standing)
+    vectors = rows.vectors if len(number) == len(rows.hashes) else rows.vectors[number]
+    first = np.arange(len(rows.hashes))
+    first[number] = number[first_equal(vectors)]
+    alone = first == np.arange(len(first))
+    others = np.flatnonzero(~alone & rows.native)
+    links = Pairs(first[others], others, np.ones(len(others), np.float32))
+    return rows if alone.all() else rows.of(alone), _pair_table(links, rows.hashes)
+
+
+def _firsts(store: Store, files: Iterable[str], hashes: np.ndarray) -> np.ndarray:
+    """Row hashes uint64 of any shape, each as that of the first of its equals."""
+    result = hashes.copy()
+    for table in stored_pairs(store, files, 0.0):
+        first, row = (table.column(name).to_numpy() for name in (LEFT, RIGHT))
+        order = np.argsort(row)
+        place = np.minimum(np.searchsorted(row[order], hashes), len(row) - 1)
+        linked = row[order][place] == hashes if len(row) else np.zeros(hashes.shape, bool)
+        result[linked] = first[order][place[linked]]
+    return result
 
 
 def _joined(job: JoinJob, rows: _PartRows) -> Iterator[Pairs]:

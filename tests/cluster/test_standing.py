@@ -1,8 +1,6 @@
 """Earlier decisions carried over to other fragments, against sets in memory."""
 
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,25 +18,11 @@ from penstock.cluster.jobs.standing import (
 )
 from penstock.cluster.layout import EMBEDDINGS, fragment_path
 from penstock.cluster.local_store import LocalStore
-from penstock.cluster.session import Session
 from penstock.operators.identity import TEXT_HASH_TYPE
 
-T = TypeVar("T")
-R = TypeVar("R")
+from .in_process import InProcess
+
 Rows = dict[int, int]  # row hash → text
-
-
-class _InProcess(Session):
-    """Runs tasks here, one after the other: what tasks do does not depend on where."""
-
-    def start(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def stream(
-        self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1, gpus: float = 0
-    ) -> Iterator[R]:
-        yield from map(function, tasks)
 
 
 def _embeddings(store: LocalStore, name: str, rows: Rows) -> None:
@@ -85,7 +69,7 @@ def test_what_is_carried_is_what_sets_say(tmp_path: Path, seed: int, ranges: int
         _links(store, name, kept, rows)
     job = StandingJob(str(tmp_path), "s", "e", tuple(second), "k", {name: f"links-{name}" for name in first}, ranges)
     told: list[Receipt] = []
-    carried = carry_decisions(_InProcess(), job, told.append)
+    carried = carry_decisions(InProcess(), job, told.append)
     remain = {row for row in now if before.get(row) == now[row]}
     stands = {row for row in remain if kept[row] == row}
     gone = {row for row in remain - stands if kept[row] in stands}
@@ -95,7 +79,7 @@ def test_what_is_carried_is_what_sets_say(tmp_path: Path, seed: int, ranges: int
         assert set(both[0].column("row_hash").to_pylist()) == stands & rows.keys()
         links = dict(zip(both[1].column("row_hash").to_pylist(), both[1].column("kept_hash").to_pylist(), strict=True))
         assert links == {row: kept[row] for row in gone & rows.keys()}
-    assert carry_decisions(_InProcess(), job, told.append) == carried
+    assert carry_decisions(InProcess(), job, told.append) == carried
     assert told[: len(second)] == told[len(second) :]
 
 
