@@ -10,6 +10,7 @@ import numpy as np
 
 from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
+from penstock.cluster.jobs.document_pairs import DocumentJob, remove_documents
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
@@ -30,12 +31,14 @@ from penstock.cluster.jobs.similarity import (
     share_parts,
 )
 from penstock.cluster.jobs.standing import Carried, StandingJob, carry_decisions, ranges_for
-from penstock.cluster.layout import CENTROIDS, KEPT, PAIRS, PASSAGES, REMOVAL, STANDING, stage_folder
+from penstock.cluster.layout import CENTROIDS, DOCUMENT_PAIRS, KEPT, PAIRS, PASSAGES, REMOVAL, STANDING, stage_folder
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.clustering import ClusteringSpec
+from penstock.operators.identity import fingerprint
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join
+from penstock.pipelines.config import Level
 from penstock.pipelines.decisions import read_decision, record_path
 from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import (
@@ -149,10 +152,14 @@ class Deduplicating:
         records = self._pairs(job) if carried.open else []
         recall = self._pair_recall(plan, job, records, carried.open)
         removal = self._removal(plan, records)
+        documents = self._documents(plan, removal)
         with self.reporter.stage(REMOVAL, 1, "choice") as advance:
-            removed = remove_duplicates(self.session, removal)
-            advance(1, f"{removed:,} rows go")
-        kept = self._keep(plan, removal)
+            if documents is None:
+                removed = remove_duplicates(self.session, removal)
+            else:
+                removed = remove_documents(self.session, documents)
+            advance(1, f"{removed:,} {'passages' if documents is None else 'documents'} go")
+        kept = self._keep(plan, removal, documents)
         files = tuple(path for one in records for path in one.files)
         counts, edges = self.session.run(pair_histogram, HistogramTask(job.root, files, job.floor, HISTOGRAM_BINS))
         record: dict[str, Any] = {
@@ -171,7 +178,8 @@ class Deduplicating:
             "pairs": sum(one.pairs for one in records),
             "equal_rows": sum(one.equal for one in records),
             "pair_recall": recall,
-            "removed": carried.gone + removed,
+            "removed": self.embedded.rows - sum(kept.values()),
+            "removed_documents": None if documents is None else removed,
             "rows": self.embedded.rows,
             "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
             "fragments": kept,
@@ -312,7 +320,17 @@ class Deduplicating:
             equal_files=tuple(path for record in records for path in record.equal_files),
         )
 
-    def _keep(self, plan: Deduplicated, removal: RemovalJob) -> dict[str, int]:
+    def _documents(self, plan: Deduplicated, removal: RemovalJob) -> DocumentJob | None:
+        """The choice among documents, where these go as a whole."""
+        deduplicate = self.resolved.pipeline.deduplicate
+        match deduplicate.level:
+            case Level.PASSAGE:
+                return None
+            case Level.DOCUMENT:
+                name = fingerprint(stage=DOCUMENT_PAIRS, removal=plan.removal)
+                return DocumentJob(name, removal, deduplicate.covered_share)
+
+    def _keep(self, plan: Deduplicated, removal: RemovalJob, documents: DocumentJob | None) -> dict[str, int]:
         """Embeddings that stay: passages fragment → rows."""
         embedded = self.embedded
         source = RowSource(
@@ -321,7 +339,7 @@ class Deduplicating:
             self.resolved.selection_fingerprint,
             embedded.embeddings_fingerprint,
         )
-        job = KeptJob(source, removal, plan.kept)
+        job = KeptJob(source, removal, plan.kept, documents)
         names = {
             plan.fragment(name): fact.passages
             for fact in embedded.facts

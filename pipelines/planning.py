@@ -63,7 +63,7 @@ from penstock.operators.transforms import metric_after, output_dimension, step_t
 from penstock.operators.tuning import SCREENING_SIZES, Budget, Candidate, candidates
 from penstock.operators.vamana import svs_version
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
-from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.config import Level, PipelineFile
 from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -212,7 +212,7 @@ class Resolved:
             },
             SELECTION: {
                 "documents.duplicate_ids": pipeline.documents.duplicate_ids.value,
-                "deduplicate.type": "none" if pipeline.deduplicate.type == "none" else "exact",
+                "deduplicate.type": "exact" if pipeline.deduplicate.by_text else "none",
                 "version": SELECTION_VERSION,
             },
             EMBEDDINGS: self.encoder.parameters()
@@ -247,8 +247,15 @@ class Resolved:
             "deduplicate.type": "semantic",
             **options,
             "deduplicate.floor": deduplicate.least,
+            **self._level(),
             "version": KEPT_VERSION,
         }
+
+    def _level(self) -> dict[str, Any]:
+        deduplicate = self.pipeline.deduplicate
+        if deduplicate.level is Level.PASSAGE:
+            return {}
+        return {"deduplicate.level": deduplicate.level.value, "deduplicate.share": deduplicate.covered_share}
 
     def stage_fingerprint(self, stage: str) -> str:
         """Fingerprint of a map stage: its parameters alone; its fragments add their inputs."""
@@ -346,6 +353,8 @@ class Deduplicated:
         since = {} if earlier is None else {"since": earlier}
         pairs = fingerprint(stage=PAIRS, centroids=centroids, join=asked.join.value, floor=asked.least, **since)
         rule = {"pairs": pairs, "selection": resolved.selection_fingerprint, "keep": asked.keep, "seed": asked.seed}
+        if asked.level is Level.DOCUMENT:
+            rule |= {"level": asked.level.value, "share": asked.covered_share}
         kept = fingerprint(stage=KEPT, similarity=asked.similarity, **rule)
         found = centroids, pairs, rule, kept, asked.join, asked.least, asked.similarity, asked.seed
         return cls(*found, rule=_rule(resolved), earlier=earlier)
@@ -376,7 +385,9 @@ def _rule(resolved: Resolved) -> str:
 
 def deduplication_of(resolved: Resolved, embedded: Embedded, store: Store) -> Deduplicated:
     """The decision of the newest version of the index by the same rule, where that is of this corpus; else the one
-    that builds upon it; where there is none, one about the whole corpus."""
+    that builds upon it; where there is none, and where whole documents go, one about the whole corpus."""
+    if resolved.pipeline.deduplicate.level is Level.DOCUMENT:
+        return Deduplicated.of(resolved, embedded)
     for found in earlier_decisions(store, resolved.pipeline.name, _rule(resolved)):
         again = Deduplicated.of(resolved, embedded, found.earlier)
         return again if again.kept == found.kept else Deduplicated.of(resolved, embedded, found.kept)
