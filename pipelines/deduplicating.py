@@ -11,6 +11,7 @@ import numpy as np
 from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
 from penstock.cluster.jobs.document_pairs import DocumentJob, remove_documents
+from penstock.cluster.jobs.groups import are_grouped, group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
@@ -159,6 +160,8 @@ class Deduplicating:
             else:
                 removed = remove_documents(self.session, documents)
             advance(1, f"{removed:,} {'passages' if documents is None else 'documents'} go")
+        if not are_grouped(self.store, removal):
+            self.session.run(group_rows, removal)
         kept = self._keep(plan, removal, documents)
         files = tuple(path for one in records for path in one.files)
         counts, edges = self.session.run(pair_histogram, HistogramTask(job.root, files, job.floor, HISTOGRAM_BINS))

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, Work, read_fragment, write_fragment
 from penstock.cluster.jobs.document_pairs import DocumentJob, passage_links
+from penstock.cluster.jobs.groups import groups_of
 from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob, removed_rows
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
 from penstock.cluster.jobs.standing import decisions_on
@@ -27,6 +28,7 @@ LINK_SCHEMA = pa.schema(
         ("document_id", pa.string()),
         ("kept_hash", pa.uint64()),
         ("similarity", pa.float32()),
+        ("group", pa.uint64()),
     ]
 )
 
@@ -81,6 +83,7 @@ def keep_rows(task: KeptTask) -> Work:
             passages.column("document_id").filter(pa.array(goes)),
             pa.array(kept_hash[goes], mask=~linked[goes]),
             pa.array(similarity[goes], mask=~linked[goes]),
+            pa.array(groups_of(store, job.removal, hashes[goes])),
         ],
         schema=LINK_SCHEMA,
     )

@@ -61,7 +61,7 @@ class RemovalJob:
 
     Attributes:
         files: of pairs.
-        passages: the fragments (of stage passages, or another with a row for each row_hash) where the order of
+        passages: the fragments (of `stage`, which has a row for each row_hash) where the order of
             preference is read from a column, and which of them have `exclusions` by a selection.
         column: of passages, for Keep.COLUMN; `descending` prefers its largest values.
         seed: of Keep.RANDOM.
@@ -76,7 +76,6 @@ class RemovalJob:
     similarity: float
     keep: Keep
     buckets: int
-    stage: str = PASSAGES
     passages_fingerprint: str = ""
     passages: tuple[str, ...] = ()
     column: str = ""
@@ -86,6 +85,7 @@ class RemovalJob:
     exclusions: frozenset[str] = frozenset()
     standing: str | None = None
     fragments: tuple[str, ...] = ()
+    stage: str = PASSAGES
     equal_files: tuple[str, ...] = ()
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.sparse.csgraph import connected_components
 
 from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, vector_column, write_fragment
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
+from penstock.cluster.jobs.groups import are_grouped, group_rows, groups_of
 from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
 from penstock.cluster.jobs.removal import (
     BucketTask,
@@ -337,3 +339,26 @@ def test_replicas_are_sorted_by_part_and_keep_what_is_stored(root: Path) -> None
     assert receipt.rows_out == FRAGMENT_ROWS[0] == table.column("native").to_numpy().sum() < table.num_rows
     assert (np.diff(table.column("part").to_numpy()) >= 0).all()
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), DIMENSION)
+
+
+def test_groups_are_the_components_of_pairs_and_of_links_before(root: Path) -> None:
+    vectors, hashes, _ = _corpus()
+    unit = unit_rows(vectors).astype(np.float64)
+    similar = unit @ unit.T >= 0.9
+    before = {3: 700, 4: 700, 5: 5}  # rows 3 and 4 went for 700, row 5 stays
+    old = {int(hashes[row]): int(hashes[kept]) for row, kept in before.items()}
+    _decided(root, "links", set(), set())
+    columns = [sorted(old), [old[row] for row in sorted(old)], [0.9] * len(old)]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, STANDING_SCHEMA, strict=True)]
+    table = pa.table(arrays, schema=STANDING_SCHEMA)
+    write_fragment(LocalStore(root), fragment_path("standing", "links", FRAGMENTS[0]), table)
+    similar[3, 700] = similar[4, 700] = similar[700, 3] = similar[700, 4] = True
+    count, labels = connected_components(similar, directed=False)
+    lowest = [int(hashes[labels == label].min()) for label in range(count)]
+    for buckets in (1, 4):
+        job = _removal(root, f"groups-{buckets}", Keep.FIRST, buckets)
+        job = replace(job, standing="links", fragments=FRAGMENTS)
+        assert not are_grouped(LocalStore(root), job)
+        pairs = sum(np.bincount(labels) > 1)
+        assert group_rows(job) == pairs and are_grouped(LocalStore(root), job)
+        assert groups_of(LocalStore(root), job, hashes).tolist() == [lowest[label] for label in labels]

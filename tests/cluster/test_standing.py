@@ -35,7 +35,8 @@ def _embeddings(store: LocalStore, name: str, rows: Rows) -> None:
 
 def _links(store: LocalStore, name: str, kept: Rows, rows: Rows) -> None:
     gone = sorted(row for row in rows if kept[row] != row)
-    columns = [gone, [str(row) for row in gone], ["d"] * len(gone), [kept[row] for row in gone], [0.95] * len(gone)]
+    keepers = [kept[row] for row in gone]
+    columns = [gone, [str(row) for row in gone], ["d"] * len(gone), keepers, [0.95] * len(gone), keepers]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, LINK_SCHEMA, strict=True)]
     write_fragment(store, links_path("k", f"links-{name}"), pa.table(arrays, schema=LINK_SCHEMA))
 
