@@ -40,6 +40,7 @@ from penstock.operators.identity import fingerprint
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join
 from penstock.pipelines.config import Level
+from penstock.pipelines.curve_quality import CurveQuality
 from penstock.pipelines.decisions import read_decision, record_path
 from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import (
@@ -89,7 +90,8 @@ class Deduplicating:
     def curve(self) -> dict[str, Any]:
         """What thresholds from the floor on would remove, in rows, their share, and bytes of stored vectors.
 
-        With pairs near the threshold of the file, to judge it by.
+        With pairs near the threshold of the file, to judge it by, and with what becomes of the answers to the queries
+        of the evaluation, if it has a file of them.
 
         Pairs that are stored are not looked for again.
 
@@ -99,11 +101,13 @@ class Deduplicating:
         job, _ = self._join_job(plan, self.embedded.rows)
         rows, records = self.embedded.rows, self._pairs(job)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
-        points = []
+        points: list[dict[str, Any]] = []
+        removals: list[RemovalJob] = []
         with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
             for threshold in thresholds:
                 removal = replace(self._removal(plan, records), similarity=threshold)
                 removal = replace(removal, fingerprint=plan.removal_at(threshold))
+                removals.append(removal)
                 removed = remove_duplicates(self.session, removal)
                 points.append(
                     {
@@ -121,7 +125,18 @@ class Deduplicating:
             "similarity": plan.similarity,
             "points": points,
             "examples": self._examples(plan, records),
+            **self._quality(points, removals),
         }
+
+    def _quality(self, points: list[dict[str, Any]], removals: list[RemovalJob]) -> dict[str, Any]:
+        """What the evaluation has queries for: how the points change their answers, which is put into the points."""
+        if not isinstance(self.resolved.pipeline.evaluate.queries, str):
+            return {}
+        measured = CurveQuality(self.session, self.resolved, self.embedded, self.reporter, self.store.url)
+        quality = measured.measure(removals)
+        for point, figures in zip(points, quality.pop("after"), strict=True):
+            point |= figures
+        return {"quality": quality}
 
     def _examples(self, plan: Deduplicated, records: list[PartRecord]) -> list[dict[str, Any]]:
         """Pairs near the threshold, with their texts."""
