@@ -65,10 +65,7 @@ def read_decision(store: Store, kept: str) -> Decision | None:
         found = Decision(kept, json.loads(store.read(record_path(kept))))
     except FileNotFoundError:
         return None
-    stays = {f"{found.links[name]}.parquet" for passages, name in found.encoded.items() if found.rows[passages]}
-    links = {f"{name}.parquet" for name in found.links.values()}
-    whole = stays <= store.names(stage_folder(EMBEDDINGS, kept)) and links <= store.names(stage_folder(KEPT, kept))
-    return found if whole else None
+    return found if _is_whole(store, found) else None
 
 
 def earlier_decisions(store: Store, index: str, rule: str) -> Iterator[Decision]:
@@ -76,6 +73,24 @@ def earlier_decisions(store: Store, index: str, rule: str) -> Iterator[Decision]
     catalog = Catalog(store, index)
     for version in reversed(catalog.versions()):
         kept = catalog.manifest(version)["lineage"]["stages"].get(KEPT)
-        found = read_decision(store, kept) if kept else None
-        if found is not None and found.record["rule"] == rule:
-            yield found
+        if kept is not None and _rule_of(store, kept) == rule:
+            found = read_decision(store, kept)
+            if found is not None:
+                yield found
+
+
+def _rule_of(store: Store, kept: str) -> str | None:
+    try:
+        record = json.loads(store.read(record_path(kept)))
+    except FileNotFoundError:
+        return None
+    rule: str | None = record.get("rule")
+    return rule
+
+
+def _is_whole(store: Store, found: Decision) -> bool:
+    stays = {f"{found.links[name]}.parquet" for passages, name in found.encoded.items() if found.rows[passages]}
+    links = {f"{name}.parquet" for name in found.links.values()}
+    return stays <= store.names(stage_folder(EMBEDDINGS, found.kept)) and links <= store.names(
+        stage_folder(KEPT, found.kept)
+    )

@@ -169,46 +169,58 @@ class Deduplicating:
         recall = self._pair_recall(plan, job, records, carried.open)
         removal = self._removal(plan, records)
         documents = self._documents(plan, removal)
+        removed = self._decide(removal, documents)
+        kept = self._keep(plan, removal, documents)
+        record = self._joined(job, factor, records) | {
+            "rule": plan.rule,
+            "earlier": plan.earlier,
+            "encoded": self.embedded.embeddings,
+            "asked": plan.join.value,
+            "similarity": plan.similarity,
+            "carried": asdict(carried),
+            "pair_recall": recall,
+            "removed": self.embedded.rows - sum(kept.values()),
+            "removed_documents": None if documents is None else removed,
+            "rows": self.embedded.rows,
+            "fragments": kept,
+        }
+        self.store.write(record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
+
+    def _decide(self, removal: RemovalJob, documents: DocumentJob | None) -> int:
+        """Choose what goes; returns how many rows that is, or documents."""
         with self.reporter.stage(REMOVAL, 1, "choice") as advance:
             if documents is None:
                 removed = remove_duplicates(self.session, removal)
             else:
                 removed = remove_documents(self.session, documents)
-            advance(1, f"{removed:,} {'passages' if documents is None else 'documents'} go")
+            advance(1, f"{removed:,} {'rows' if documents is None else 'documents'} go")
         if not are_grouped(self.store, removal):
             self.session.run(group_rows, removal)
-        kept = self._keep(plan, removal, documents)
+        return removed
+
+    def _joined(self, job: JoinJob, factor: float, records: list[PartRecord]) -> dict[str, Any]:
+        """What the join found."""
         files = tuple(path for one in records for path in one.files)
         counts, edges = self.session.run(pair_histogram, HistogramTask(job.root, files, job.floor, HISTOGRAM_BINS))
-        record: dict[str, Any] = {
-            "rule": plan.rule,
-            "earlier": plan.earlier,
-            "encoded": self.embedded.embeddings,
+        return {
             "join": job.join.value,
-            "asked": plan.join.value,
             "floor": job.floor,
-            "similarity": plan.similarity,
-            "carried": asdict(carried),
             "parts": job.parts,
             "copies": sum(one.copies for one in records),
             "comparisons": sum(one.comparisons for one in records),
             "predicted_factor": round(factor, 4),
             "pairs": sum(one.pairs for one in records),
             "equal_rows": sum(one.equal for one in records),
-            "pair_recall": recall,
-            "removed": self.embedded.rows - sum(kept.values()),
-            "removed_documents": None if documents is None else removed,
-            "rows": self.embedded.rows,
             "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
-            "fragments": kept,
         }
-        self.store.write(record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
 
     def _carry(self, plan: Deduplicated) -> Carried:
         """What stands, is gone and is open, by the earlier decision; all is open where there is none."""
-        earlier = None if plan.earlier is None else read_decision(self.store, plan.earlier)
-        if plan.standing is None or earlier is None:
+        if plan.standing is None or plan.earlier is None:
             return Carried(open=self.embedded.rows)
+        earlier = read_decision(self.store, plan.earlier)
+        if earlier is None:
+            raise FileNotFoundError(f"{record_path(plan.earlier)}, or what it names, was there and is gone; run again")
         fragments, links = tuple(sorted(self.embedded.embeddings.values())), earlier.links
         came = sum(
             fact.kept for fact in self.embedded.facts if self.embedded.embeddings.get(fact.passages) not in links

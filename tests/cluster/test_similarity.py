@@ -43,6 +43,7 @@ from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
 from penstock.operators.clustering import ClusteringSpec
+from penstock.operators.duplicate_measures import PairRecall
 from penstock.operators.independent_set import Keep, independent_set, neighbours_of, random_keys, ranks
 from penstock.operators.similar_pairs import Join, Pairs, similar_pairs, unit_rows
 
@@ -289,6 +290,14 @@ def test_rows_that_are_gone_are_not_joined_again(root: Path) -> None:
     receipt = read_receipt(LocalStore(root), fragment_path("replicas", "kept", FRAGMENTS[0]))
     assert receipt.rows_in == receipt.rows_out + receipt.dropped["duplicate"] > receipt.rows_out
     assert measured_recall(InProcess(), job, records, 1.0, 1).recall == 1
+
+
+def test_where_nothing_is_open_there_is_no_recall_to_lose(root: Path) -> None:
+    _, hashes, _ = _corpus()
+    _decided(root, "all", set(hashes.tolist()), set())
+    job = _job(root, "all-stand", standing="all")
+    assert measured_recall(InProcess(), job, [], 1.0, 1) == PairRecall(1.0, 0.0, 0, 0, 0)
+    assert sum(record.comparisons + record.pairs for record in find_pairs(InProcess(), job)) == 0
 
 
 @pytest.mark.parametrize("keep", [Keep.LONGEST, Keep.DENSEST])
