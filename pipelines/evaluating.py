@@ -255,6 +255,18 @@ def _point_json(point: MeasuredPoint) -> dict[str, Any]:
 
 def _judged(path: str, queries: Queries, found: Hits, k: int) -> dict[str, float]:
     """nDCG@k and MRR@k of documents, ranked by their best passage, over the judged queries."""
+    rows, judged = judged_rows(path, queries)
+    ranked = [_documents(found.ids[row], k) for row in rows]
+    ndcg, mrr = ndcg_at_k(ranked, judged, k), mrr_at_k(ranked, judged, k)
+    return {"judged_queries": len(rows), "ndcg": _mean(ndcg), "mrr": _mean(mrr)}
+
+
+def judged_rows(path: str, queries: Queries) -> tuple[list[int], list[dict[str, float]]]:
+    """Which queries are judged, by number, and the judgements of each.
+
+    Raises:
+        QueriesInvalid: none is.
+    """
     store, name = split_path(path)
     relevance = read_relevance(store.url, name)
     rows = [row for row, query in enumerate(queries.ids) if query in relevance]
@@ -263,14 +275,16 @@ def _judged(path: str, queries: Queries, found: Hits, k: int) -> dict[str, float
             f"evaluate.relevance ({path}) must judge some of the {len(queries.ids)} queries, it judges none: their ids "
             f"(as {queries.ids[0]!r}) are not among its own (as {next(iter(relevance), '')!r})"
         )
-    judged = [relevance[queries.ids[row]] for row in rows]
-    ranked = [_documents(found.ids[row], k) for row in rows]
-    ndcg, mrr = ndcg_at_k(ranked, judged, k), mrr_at_k(ranked, judged, k)
-    return {"judged_queries": len(rows), "ndcg": _mean(ndcg), "mrr": _mean(mrr)}
+    return rows, [relevance[queries.ids[row]] for row in rows]
+
+
+def document_of(passage_id: str) -> str:
+    """The document of a passage."""
+    return passage_id.rpartition("#")[0]
 
 
 def _documents(passage_ids: Sequence[str | None], k: int) -> list[str]:
-    names = [str(name).rpartition("#")[0] for name in passage_ids if name is not None]
+    names = [document_of(name) for name in passage_ids if name is not None]
     return list(dict.fromkeys(names))[:k]
 
 

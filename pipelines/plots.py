@@ -8,6 +8,13 @@ from typing import Any, TypeAlias
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 80, 30, 64, 60
+QUALITY_COLOURS = {
+    "recall": ("#b45309", "recall"),
+    "recall_represented": ("#15803d", "recall with what is represented"),
+    "ndcg": ("#7e22ce", "nDCG"),
+    "ndcg_represented": ("#be185d", "nDCG with what is represented"),
+}
+LEGEND_STEP = 16
 COLOURS = {"flat": "#6b7280", "hnsw": "#1d4ed8", "ivf": "#b45309"}
 TICK_FACTORS = (1, 2, 5)
 PLOT_HEIGHT = HEIGHT - BOTTOM - TOP
@@ -53,7 +60,8 @@ def tuning_svg(record: dict[str, Any]) -> str:
 
 
 def curve_svg(record: dict[str, Any]) -> str:
-    """The share of passages that each threshold removes; the threshold of the file is ringed."""
+    """The share of passages that each threshold removes, and where queries were asked the quality of their answers on
+    an axis of its own at the right; the threshold of the file is ringed."""
     points = record["points"]
     floor, most = record["floor"], max(point["share"] for point in points)
     top = max(most * 1.1, 1e-4)
@@ -99,7 +107,29 @@ def curve_svg(record: dict[str, Any]) -> str:
         )
         if not any(abs(across - other) < 34 for other, _ in places[: places.index((across, down))]):
             parts.append(_text(across, bottom + 18, f"{point['similarity']:g}", anchor="middle"))
+    parts += _quality_lines(record, [across for across, _ in places])
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _quality_lines(record: dict[str, Any], across: Sequence[float]) -> list[str]:
+    """What was measured of answers, from a little below the least value to 1."""
+    points, bottom = record["points"], HEIGHT - BOTTOM
+    names = [name for name in QUALITY_COLOURS if name in points[0]]
+    if not names:
+        return []
+    least = math.floor(20 * min(point[name] for point in points for name in names) - 0.5) / 20
+    lines = []
+    for step in range(CURVE_LINES + 1):
+        value, down = least + (1 - least) * step / CURVE_LINES, bottom - PLOT_HEIGHT * step / CURVE_LINES
+        lines.append(_text(WIDTH - RIGHT + 4, round(down + 4, 1), f"{value:.2f}"))
+    for number, name in enumerate(names):
+        colour, words = QUALITY_COLOURS[name]
+        downs = [round(bottom - (point[name] - least) / (1 - least) * PLOT_HEIGHT, 1) for point in points]
+        line = " ".join(f"{x},{y}" for x, y in zip(across, downs, strict=True))
+        lines.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        label = f"{words}@{record['quality']['k']}, at the right"
+        lines.append(_text(WIDTH - RIGHT, 24 + LEGEND_STEP * number, label, f"fill: {colour}", anchor="end"))
+    return lines
 
 
 class _Axis:
