@@ -66,15 +66,21 @@ class Side:
 def load_vectors(path: Path, rows: int) -> tuple[np.ndarray, int]:
     """Unit rows float32 (rows, d), and how many of them are real."""
     real = unit_rows(np.load(path)[:rows])
-    random = np.random.default_rng(SEED)
-    weights, axes = np.linalg.eigh(real[:8_192].T.astype(np.float64) @ real[:8_192] / min(len(real), 8_192))
-    spread = (np.sqrt(np.maximum(weights, 0))[:, None] * axes.T).astype(np.float32)
+    random, spread = np.random.default_rng(SEED), noise_axes(real)
     parts = [real]
     for first in range(len(real), rows, len(real)):
         base = real[: rows - first]
         noise = random.standard_normal(base.shape, np.float32) @ spread
         parts.append(unit_rows(base + COPY_NOISE * noise))
     return np.concatenate(parts), len(real)
+
+
+def noise_axes(real: np.ndarray) -> np.ndarray:
+    """What standard normal rows are multiplied with to have the covariance of the data, (d, d)."""
+    few = real[:8_192]
+    weights, axes = np.linalg.eigh(few.T.astype(np.float64) @ few / len(few))
+    spread: np.ndarray = (np.sqrt(np.maximum(weights, 0))[:, None] * axes.T).astype(np.float32)
+    return spread
 
 
 # ---- the sides
