@@ -223,7 +223,13 @@ class Deduplicating:
             part_of_cell,
             join,
             plan.floor,
+            gpus=self._gpus(),
         )
+
+    def _gpus(self) -> float:
+        """GPUs that a worker of the embedding takes, for joins as well; none where the machine has not as many."""
+        asked = self.resolved.pipeline.embedding.workers.gpus
+        return asked if asked and self.session.resources().get("GPU", 0) >= asked else 0.0
 
     def _decided_join(self, plan: Deduplicated) -> tuple[JoinJob, float]:
         """A join whose parts fit into memory."""

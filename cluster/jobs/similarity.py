@@ -8,6 +8,7 @@ down to a floor, from which every higher threshold is a filter.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,7 @@ class JoinJob:
         standing: those of the fragments whose rows were joined with each other before: only pairs with a row of another
             fragment are looked for.
         gone: files of an earlier removal: what they name does not take part any more.
+        gpus: that the join of a part takes, which then multiplies there; the pairs are the same.
     """
 
     root: str
@@ -70,6 +72,7 @@ class JoinJob:
     floor: float
     standing: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
+    gpus: float = 0.0
 
     @property
     def parts(self) -> int:
@@ -213,7 +216,7 @@ def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], N
     for _ in session.stream(replicate, todo if missing else []):
         pass
     found = list(done)
-    for record in session.stream(join_part, missing):
+    for record in session.stream(join_part, missing, gpus=job.gpus):
         found.append(record)
         if on_part:
             on_part(record)
@@ -422,11 +425,12 @@ def _firsts(store: Store, files: Iterable[str], hashes: np.ndarray) -> np.ndarra
 
 def _joined(job: JoinJob, rows: _PartRows) -> Iterator[Pairs]:
     """The pairs of a part by number of `rows`: of rows at home with each other, and with copies."""
+    device = "cuda" if job.gpus else "cpu"
     if job.join is Join.CLUSTER:
-        for pairs in cell_pairs(rows.vectors, rows.cell, job.floor):
+        for pairs in cell_pairs(rows.vectors, rows.cell, job.floor, device):
             yield pairs.where(~(rows.standing[pairs.left] & rows.standing[pairs.right]))
         return
-    join = similar_pairs if job.join is Join.EXACT else graph_pairs
+    join = partial(similar_pairs, device=device) if job.join is Join.EXACT else graph_pairs
     new = rows.native & ~rows.standing
     yield from _against(join, rows, np.flatnonzero(~new), np.flatnonzero(new), job.floor)
     at_home, arrived = np.flatnonzero(rows.native & rows.standing), np.flatnonzero(~rows.native & ~rows.standing)
