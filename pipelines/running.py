@@ -376,7 +376,7 @@ class Run:
                 fragments=tuple(names),
                 buckets=bucket_count(sum(receipt.passages for receipt in receipts)),
                 duplicate_ids=self._duplicate_policy(),
-                deduplicate=resolved.pipeline.deduplicate.type != "none",
+                deduplicate=resolved.pipeline.deduplicate.by_text,
             )
             losing = self._resolve_documents(job)
             advance(1, "document ids")

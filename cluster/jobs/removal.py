@@ -29,6 +29,7 @@ from penstock.cluster.fragments import (
 from penstock.cluster.jobs.pair_ends import EndsTask, read_ends, write_ends
 from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.jobs.similarity import SIMILARITY
+from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import PASSAGES, REMOVAL, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
@@ -50,6 +51,7 @@ from penstock.operators.independent_set import (
 BUCKET_PAIRS = 4_000_000
 POSITION_DIGITS = 20
 PLACE_COLUMNS = ("passage_id", "source", "position")  # by which a selection names passages
+ORDER = ["row", "key", "best", "stands"]  # what rows are put in order by
 REMOVED_SCHEMA = pa.schema([("removed", pa.uint64()), ("kept", pa.uint64()), (SIMILARITY, pa.float32())])
 
 
@@ -59,10 +61,12 @@ class RemovalJob:
 
     Attributes:
         files: of pairs.
-        passages: the passages fragments of the rows, where the order of preference is read from a column, and which of
-            them have `exclusions` by a selection.
+        passages: the fragments (of `stage`, which has a row for each row_hash) where the order of
+            preference is read from a column, and which of them have `exclusions` by a selection.
         column: of passages, for Keep.COLUMN; `descending` prefers its largest values.
         seed: of Keep.RANDOM.
+        standing: fingerprint of decisions that were carried over, on `fragments` of embeddings: rows that stand come
+            before all others.
         equal_files: of links from the first of rows with equal vectors, which alone is in pairs, to the others.
     """
 
@@ -79,6 +83,9 @@ class RemovalJob:
     seed: int = 0
     selection_fingerprint: str = ""
     exclusions: frozenset[str] = frozenset()
+    standing: str | None = None
+    fragments: tuple[str, ...] = ()
+    stage: str = PASSAGES
     equal_files: tuple[str, ...] = ()
 
 
@@ -115,7 +122,7 @@ def send_sizes(task: BucketTask) -> int:
     job, store = task.job, connect(task.job.root)
     if _is_done(store, job, f"sizes-{task.bucket:05d}"):
         return 0
-    rows = _Rows(store, task)
+    rows = BucketRows(store, task)
     more = np.bincount(rows.first, minlength=len(rows.own))[rows.place]
     told = more > 0
     messages = pa.table(
@@ -135,8 +142,9 @@ def send_keys(task: BucketTask) -> int:
     job, store = task.job, connect(task.job.root)
     if _is_done(store, job, f"keys-{task.bucket:05d}"):
         return 0
-    rows = _Rows(store, task)
+    rows = BucketRows(store, task)
     keys, best = _preferred(store, task, rows)
+    stands = _standing(store, job, rows.own)
     messages = pa.table(
         {
             "bucket": bucket_of(rows.neighbour, job.buckets),
@@ -145,9 +153,11 @@ def send_keys(task: BucketTask) -> int:
             SIMILARITY: rows.similarity,
             "key": keys.take(pa.array(rows.place)),
             "best": best[rows.place],
+            "stands": stands[rows.place],
         }
     )
-    owners = pa.table({"bucket": np.full(len(best), task.bucket), "row": rows.own, "key": keys, "best": best})
+    columns = np.full(len(best), task.bucket), rows.own, keys, best, stands
+    owners = pa.table(dict(zip(["bucket", *ORDER], columns, strict=True)))
     _write(store, job, f"own-{task.bucket:05d}", owners)
     _write(store, job, f"keys-{task.bucket:05d}", messages.sort_by([("bucket", "ascending"), ("row", "ascending")]))
     return len(best)
@@ -161,12 +171,12 @@ def order_neighbours(task: BucketTask) -> int:
         return 0
     messages = pa.concat_tables([_messages(store, job, f"keys-{b:05d}", task.bucket) for b in range(job.buckets)])
     own = read_fragment(store, _path(job, f"own-{task.bucket:05d}"))
-    columns = ["row", "key", "best"]
-    told = messages.select(["neighbour", "key", "best"]).rename_columns(columns)
-    known = pa.concat_tables([own.select(columns), told])
+    told = messages.select(["neighbour", *ORDER[1:]]).rename_columns(ORDER)
+    known = pa.concat_tables([own.select(ORDER), told])
     hashes, first = np.unique(known.column("row").to_numpy(), return_index=True)
     best = known.column("best").to_numpy()[first]
-    rank = ranks(known.column("key").take(pa.array(first)), best, _descends(job))
+    rank = ranks(known.column("key").take(pa.array(first)), best, descends(job))
+    rank = np.where(known.column("stands").to_numpy()[first], rank, rank + len(rank))
     row, neighbour = (np.searchsorted(hashes, messages.column(column).to_numpy()) for column in ("row", "neighbour"))
     table = pa.table(
         {
@@ -226,7 +236,12 @@ def represent(task: BucketTask) -> int:
 def removed_rows(store: Store, job: RemovalJob) -> Iterator[pa.Table]:
     """What goes (REMOVED_SCHEMA), bucket by bucket."""
     for bucket in range(job.buckets):
-        yield read_fragment(store, _path(job, f"removed-{bucket:05d}")).replace_schema_metadata()
+        yield removed_of(store, job, bucket)
+
+
+def removed_of(store: Store, job: RemovalJob, bucket: int) -> pa.Table:
+    """What goes of a bucket (REMOVED_SCHEMA), by row hash."""
+    return read_fragment(store, _path(job, f"removed-{bucket:05d}")).replace_schema_metadata()
 
 
 class _Bucket:
@@ -268,7 +283,7 @@ class _Bucket:
         return pa.table({"bucket": to, "row": self.hashes[rows], "stays": self.states[rows] == STAYS})
 
 
-class _Rows:
+class BucketRows:
     """The rows of a bucket that are in pairs or the first of equal ones.
 
     Attributes:
@@ -291,17 +306,22 @@ class _Rows:
         place: np.ndarray = np.searchsorted(self.own, self.row)
         return place
 
+    def members(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows with those that are equal to them, ascending uint64 (k,), and the place int64 (k,) of the first of
+        their equals."""
+        number = np.arange(len(self.own))
+        hashes, of = np.concatenate([self.own, self.equal]), np.concatenate([number, self.first])
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], of[order]
 
-def _preferred(store: Store, task: BucketTask, rows: _Rows) -> tuple[pa.Array, np.ndarray]:
+
+def _preferred(store: Store, task: BucketTask, rows: BucketRows) -> tuple[pa.Array, np.ndarray]:
     """What each of the bucket's rows is preferred by, and which of its equals that is: uint64 (n,)."""
-    job, number = task.job, np.arange(len(rows.own))
-    hashes, of = np.concatenate([rows.own, rows.equal]), np.concatenate([number, rows.first])
-    order = np.argsort(hashes, kind="stable")
-    hashes, of = hashes[order], of[order]
+    job, (hashes, of) = task.job, rows.members()
     keys = pa.array(_degrees(store, task, rows)[of]) if job.keep is Keep.DENSEST else _keys(store, job, hashes)
     if len(rows.equal) == 0:
         return keys, hashes
-    rank = ranks(keys, hashes, _descends(job))
+    rank = ranks(keys, hashes, descends(job))
     best = np.lexsort((rank, of))
     best = best[np.flatnonzero(np.diff(of[best], prepend=-1))]
     return keys.take(pa.array(best)), hashes[best]
@@ -312,7 +332,7 @@ def _weighted(job: RemovalJob) -> bool:
     return job.keep is Keep.DENSEST and len(job.equal_files) > 0
 
 
-def _degrees(store: Store, task: BucketTask, rows: _Rows) -> np.ndarray:
+def _degrees(store: Store, task: BucketTask, rows: BucketRows) -> np.ndarray:
     """The neighbours int64 (n,) of each of the bucket's rows, its equals among them."""
     job, count = task.job, len(rows.own)
     degrees = np.bincount(rows.place, minlength=count) + np.bincount(rows.first, minlength=count)
@@ -329,32 +349,35 @@ def _keys(store: Store, job: RemovalJob, rows: np.ndarray) -> pa.Array:
         case Keep.RANDOM:
             return pa.array(random_keys(rows, job.seed))
         case Keep.LONGEST:
-            return _column(store, job, rows, ["tokens"])
+            return passage_column(store, job, rows, ["tokens"])
         case Keep.FIRST:
-            return _column(store, job, rows, ["source", "position", "ordinal"])
+            return passage_column(store, job, rows, ["source", "position", "ordinal"])
         case Keep.COLUMN:
-            return _column(store, job, rows, [job.column])
+            return passage_column(store, job, rows, [job.column])
         case Keep.DENSEST:
             raise ValueError(f"keep ({job.keep}) must be a fact of single rows here; count neighbours")
         case _:
             assert_never(job.keep)
 
 
-def _descends(job: RemovalJob) -> bool:
+def _standing(store: Store, job: RemovalJob, own: np.ndarray) -> np.ndarray:
+    """Which of the rows `own` (n,), ascending, stay by earlier decisions: bool (n,)."""
+    stands = np.zeros(len(own), bool)
+    if job.standing is not None:
+        for fragment in job.fragments:
+            stands |= np.isin(own, decisions_on(store, job.standing, fragment)[0].column("row_hash").to_numpy())
+    return stands
+
+
+def descends(job: RemovalJob) -> bool:
     return job.descending if job.keep is Keep.COLUMN else job.keep in (Keep.LONGEST, Keep.DENSEST)
 
 
-def _column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) -> pa.Array:
+def passage_column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) -> pa.Array:
     """A column of the passages of the rows `own`, in their order; of several columns a text that sorts as they do."""
     tables = []
     for fragment in job.passages:
-        path = fragment_path(PASSAGES, job.passages_fingerprint, fragment)
-        excluding = fragment in job.exclusions
-        known = dict.fromkeys([*(PLACE_COLUMNS if excluding else ()), *names])
-        table = read_fragment(store, path, ["row_hash", *known]).replace_schema_metadata()
-        if excluding:
-            table = kept_rows(store, table, job.selection_fingerprint, fragment)
-        table = table.select(["row_hash", *names])
+        table = staying_passages(store, job, fragment, ["row_hash", *names])
         tables.append(table.filter(pa.array(np.isin(table.column("row_hash").to_numpy(), own))))
     found = pa.concat_tables(tables)
     hashes = found.column("row_hash").to_numpy()
@@ -365,10 +388,21 @@ def _column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) ->
             "row once; name all passages fragments of the embeddings, and none else"
         )
     columns = [found.column(name).take(pa.array(order)).combine_chunks() for name in names]
-    return columns[0] if len(columns) == 1 else _sortable(columns)
+    return columns[0] if len(columns) == 1 else sortable(columns)
 
 
-def _sortable(columns: list[pa.Array]) -> pa.Array:
+def staying_passages(store: Store, job: RemovalJob, fragment: str, names: list[str]) -> pa.Table:
+    """Columns of the passages of a fragment that a selection does not exclude."""
+    path = fragment_path(job.stage, job.passages_fingerprint, fragment)
+    excluding = fragment in job.exclusions
+    read = list(dict.fromkeys([*(PLACE_COLUMNS if excluding else ()), *names]))
+    table = read_fragment(store, path, read).replace_schema_metadata()
+    if excluding:
+        table = kept_rows(store, table, job.selection_fingerprint, fragment)
+    return table.select(names)
+
+
+def sortable(columns: list[pa.Array]) -> pa.Array:
     """Texts that sort as a text and then some whole numbers do."""
     numbers = [pc.utf8_lpad(pc.cast(column, pa.string()), POSITION_DIGITS, "0") for column in columns[1:]]
     return pc.binary_join_element_wise(columns[0], *numbers, "\0")

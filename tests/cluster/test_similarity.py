@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.sparse.csgraph import connected_components
 
 from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, vector_column, write_fragment
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
+from penstock.cluster.jobs.groups import are_grouped, group_rows, groups_of
 from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
 from penstock.cluster.jobs.removal import (
     BucketTask,
@@ -36,6 +38,7 @@ from penstock.cluster.jobs.similarity import (
     replicate,
     stored_pairs,
 )
+from penstock.cluster.jobs.standing import STANDING_SCHEMA
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
@@ -96,7 +99,7 @@ def session() -> Iterator[Session]:
         yield made
 
 
-def _job(root: Path, name: str, parts: int = 3, join: Join = Join.EXACT, standing: tuple[str, ...] = ()) -> JoinJob:
+def _job(root: Path, name: str, parts: int = 3, join: Join = Join.EXACT, standing: str | None = None) -> JoinJob:
     cells = tuple(cell % parts for cell in range(CELLS))
     return JoinJob(str(root), name, "e", "c", FRAGMENTS, cells, join, FLOOR, standing)
 
@@ -184,15 +187,35 @@ def test_cluster_and_graph_find_true_pairs_and_their_recall_is_measured(root: Pa
     assert measured.recall == 1 and 0.9 < measured.at_least < 1
 
 
-def test_rows_that_stand_are_joined_with_new_ones_only(root: Path) -> None:
+def _decided(root: Path, name: str, stands: set[int], gone: set[int]) -> None:
+    """Decisions that were carried over: rows that stand, and rows that are gone."""
     _, hashes, _ = _corpus()
-    old = set(hashes[: FRAGMENT_ROWS[0]].tolist())
+    start = 0
+    for fragment, rows in zip(FRAGMENTS, FRAGMENT_ROWS, strict=True):
+        own = [row for row in sorted(hashes[start : start + rows].tolist()) if row in stands | gone]
+        kept = [row if row in stands else 0 for row in own]
+        columns = [pa.array(own, pa.uint64()), pa.array(kept, pa.uint64()), pa.array([1.0] * len(own), pa.float32())]
+        table = pa.table(columns, schema=STANDING_SCHEMA)
+        write_fragment(LocalStore(root), fragment_path("standing", name, fragment), table)
+        start += rows
+
+
+def test_rows_that_stand_are_joined_with_open_ones_only(root: Path) -> None:
+    _, hashes, _ = _corpus()
+    old = set(hashes[:500].tolist()) | set(hashes[600:620].tolist())
     expected = {pair: near for pair, near in _expected().items() if not (pair[0] in old and pair[1] in old)}
-    for join in (Join.EXACT, Join.CLUSTER):
-        job = _job(root, f"standing-{join}", 3, join, standing=FRAGMENTS[:1])
-        find_pairs(InProcess(), job)
+    _decided(root, "old", old, set())
+    for join, parts in ((Join.EXACT, 3), (Join.EXACT, 1), (Join.CLUSTER, 3)):
+        job = _job(root, f"standing-{join}-{parts}", parts, join, standing="old")
+        records = find_pairs(InProcess(), job)
         found = _by_hash(LocalStore(root), job)
         assert found == expected if join is Join.EXACT else found.items() < expected.items()
+        assert sum(record.open for record in records) == ROWS - len(old)
+        measured = measured_recall(InProcess(), job, records, 1.0, 1)
+        assert measured.recall == 1 if join is Join.EXACT else 0 < measured.recall < 1
+    new, (whole,) = ROWS - len(old), find_pairs(InProcess(), _job(root, "x1", 1))
+    (part,) = find_pairs(InProcess(), _job(root, "standing-exact-1", 1, standing="old"))
+    assert part.comparisons == new * len(old) + new * (new - 1) // 2 < whole.comparisons == ROWS * (ROWS - 1) // 2
 
 
 def test_the_factor_is_predicted_from_a_sample(root: Path) -> None:
@@ -276,18 +299,39 @@ def test_removal_goes_on_where_it_stopped(root: Path, session: Session) -> None:
 
 
 def test_rows_that_are_gone_are_not_joined_again(root: Path) -> None:
-    removal = _removal(root, "earlier", Keep.RANDOM, 2)
-    remove_duplicates(InProcess(), removal)
-    gone = {row for table in removed_rows(LocalStore(root), removal) for row in table.column("removed").to_pylist()}
-    files = tuple(fragment_path("removal", "earlier", f"removed-{bucket:05d}") for bucket in range(2))
-    job = replace(_job(root, "kept", standing=FRAGMENTS[:1]), gone=files)
-    find_pairs(InProcess(), job)
     _, hashes, _ = _corpus()
-    old = set(hashes[: FRAGMENT_ROWS[0]].tolist())
+    old, gone = set(hashes[:480].tolist()), set(hashes[480:600].tolist())
+    _decided(root, "earlier", old, gone)
+    job = _job(root, "kept", standing="earlier")
+    records = find_pairs(InProcess(), job)
     expected = {pair for pair in _expected() if not gone & set(pair) and not old >= set(pair)}
     assert set(_by_hash(LocalStore(root), job)) == expected and expected
     receipt = read_receipt(LocalStore(root), fragment_path("replicas", "kept", FRAGMENTS[0]))
     assert receipt.rows_in == receipt.rows_out + receipt.dropped["duplicate"] > receipt.rows_out
+    assert measured_recall(InProcess(), job, records, 1.0, 1).recall == 1
+
+
+@pytest.mark.parametrize("keep", [Keep.LONGEST, Keep.DENSEST])
+def test_rows_that_stand_stay_whatever_the_order(root: Path, keep: Keep) -> None:
+    vectors, hashes, _ = _corpus()
+    unit = unit_rows(vectors).astype(np.float64)
+    similar = unit @ unit.T >= 0.9
+    stands: list[int] = []
+    for row in range(400):
+        if not similar[row, stands].any():
+            stands.append(row)
+    gone = set(range(400)) - set(stands)
+    _decided(root, f"stands-{keep}", set(hashes[stands].tolist()), set(hashes[sorted(gone)].tolist()))
+    join = _job(root, f"join-{keep}", standing=f"stands-{keep}")
+    files = tuple(path for record in find_pairs(InProcess(), join) for path in record.files)
+    base = _removal(root, f"decide-{keep}", keep, 3)
+    job = replace(base, files=files, standing=f"stands-{keep}", fragments=FRAGMENTS)
+    remove_duplicates(InProcess(), job)
+    removed = {row for table in removed_rows(LocalStore(root), job) for row in table.column("removed").to_pylist()}
+    assert removed and not removed & set(hashes[:400].tolist())
+    stays = [row for row in range(ROWS) if row not in gone and int(hashes[row]) not in removed]
+    assert similar[np.ix_(stays, stays)].sum() == len(stays)
+    assert all(similar[row, stays].any() for row in range(400, ROWS))
 
 
 def test_no_pairs_remove_nothing(root: Path) -> None:
@@ -315,3 +359,26 @@ def test_replicas_are_sorted_by_part_and_keep_what_is_stored(root: Path) -> None
     assert receipt.rows_out == FRAGMENT_ROWS[0] == table.column("native").to_numpy().sum() < table.num_rows
     assert (np.diff(table.column("part").to_numpy()) >= 0).all()
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), DIMENSION)
+
+
+def test_groups_are_the_components_of_pairs_and_of_links_before(root: Path) -> None:
+    vectors, hashes, _ = _corpus()
+    unit = unit_rows(vectors).astype(np.float64)
+    similar = unit @ unit.T >= 0.9
+    before = {3: 700, 4: 700, 5: 5}  # rows 3 and 4 went for 700, row 5 stays
+    old = {int(hashes[row]): int(hashes[kept]) for row, kept in before.items()}
+    _decided(root, "links", set(), set())
+    columns = [sorted(old), [old[row] for row in sorted(old)], [0.9] * len(old)]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, STANDING_SCHEMA, strict=True)]
+    table = pa.table(arrays, schema=STANDING_SCHEMA)
+    write_fragment(LocalStore(root), fragment_path("standing", "links", FRAGMENTS[0]), table)
+    similar[3, 700] = similar[4, 700] = similar[700, 3] = similar[700, 4] = True
+    count, labels = connected_components(similar, directed=False)
+    lowest = [int(hashes[labels == label].min()) for label in range(count)]
+    for buckets in (1, 4):
+        job = _removal(root, f"groups-{buckets}", Keep.FIRST, buckets)
+        job = replace(job, standing="links", fragments=FRAGMENTS)
+        assert not are_grouped(LocalStore(root), job)
+        pairs = sum(np.bincount(labels) > 1)
+        assert group_rows(job) == pairs and are_grouped(LocalStore(root), job)
+        assert groups_of(LocalStore(root), job, hashes).tolist() == [lowest[label] for label in labels]
