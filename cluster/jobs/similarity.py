@@ -42,7 +42,7 @@ MOST_COPIES = 4.0  # rows stored for each row, beyond which an exact join costs 
 GRAPH_COPIES = 2  # parts beside its own in which the graph join looks for neighbours of a row
 # Bytes of a row in a join for each of its components: float32, short rows, and the stored form while it is read.
 JOIN_BYTES_PER_COMPONENT = 16
-# 20 bytes each, three times while they are sorted and written, and 100 where they are dealt out to their rows.
+# 20 bytes each, three times while they are sorted and written, and 150 where they are dealt out to their rows.
 PAIRS_PER_FILE = 2_000_000
 PREDICTED_ROWS = 8_192
 SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
