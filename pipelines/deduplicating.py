@@ -286,7 +286,13 @@ class Deduplicating:
             join,
             plan.floor,
             plan.standing,
+            self._gpus(),
         )
+
+    def _gpus(self) -> float:
+        """GPUs that a worker of the embedding takes, for joins as well; none where the machine has not as many."""
+        asked = self.resolved.pipeline.embedding.workers.gpus
+        return asked if asked and self.session.resources().get("GPU", 0) >= asked else 0.0
 
     def _decided_join(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float]:
         """A join of so many rows whose parts fit into memory."""

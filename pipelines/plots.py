@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 80, 30, 64, 60
 QUALITY_COLOURS = {
-    "recall": ("#b45309", "recall"),
-    "recall_represented": ("#15803d", "recall with what is represented"),
-    "ndcg": ("#7e22ce", "nDCG"),
-    "ndcg_represented": ("#be185d", "nDCG with what is represented"),
+    "recall": ("#b45309", "recall@{k}"),
+    "recall_represented": ("#15803d", "recall@{k} with what is represented"),
+    "ndcg": ("#7e22ce", "nDCG@{k}"),
+    "ndcg_represented": ("#be185d", "nDCG@{k} with what is represented"),
 }
-LEGEND_STEP = 16
+LEGEND_TOP, LEGEND_STEP = 18, 13
 COLOURS = {"flat": "#6b7280", "hnsw": "#1d4ed8", "ivf": "#b45309"}
 TICK_FACTORS = (1, 2, 5)
 PLOT_HEIGHT = HEIGHT - BOTTOM - TOP
@@ -127,8 +127,8 @@ def _quality_lines(record: dict[str, Any], across: Sequence[float]) -> list[str]
         downs = [round(bottom - (point[name] - least) / (1 - least) * PLOT_HEIGHT, 1) for point in points]
         line = " ".join(f"{x},{y}" for x, y in zip(across, downs, strict=True))
         lines.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        label = f"{words}@{record['quality']['k']}, at the right"
-        lines.append(_text(WIDTH - RIGHT, 24 + LEGEND_STEP * number, label, f"fill: {colour}", anchor="end"))
+        label = f"{words.format(k=record['quality']['k'])} (right axis)"
+        lines.append(_text(WIDTH - RIGHT, LEGEND_TOP + LEGEND_STEP * number, label, f"fill: {colour}", anchor="end"))
     return lines
 
 

@@ -32,7 +32,7 @@ class EndsTask:
 
 
 def write_ends(task: EndsTask) -> int:
-    """Write the ends (END_SCHEMA) of the pairs of a file, if that is not done; returns their number. Memory: 100 bytes
+    """Write the ends (END_SCHEMA) of the pairs of a file, if that is not done; returns their number. Memory: 150 bytes
     for each pair of the file."""
     store, path = connect(task.root), _path(task.path, task.buckets)
     if store.info(path) is not None:

@@ -8,6 +8,7 @@ down to a floor, from which every higher threshold is a filter.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ MOST_COPIES = 4.0  # rows stored for each row, beyond which an exact join costs 
 GRAPH_COPIES = 2  # parts beside its own in which the graph join looks for neighbours of a row
 # Bytes of a row in a join for each of its components: float32, short rows, and the stored form while it is read.
 JOIN_BYTES_PER_COMPONENT = 16
-# 20 bytes each, three times while they are sorted and written, and 100 where they are dealt out to their rows.
+# 20 bytes each, three times while they are sorted and written, and 150 where they are dealt out to their rows.
 PAIRS_PER_FILE = 2_000_000
 PREDICTED_ROWS = 8_192
 SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
@@ -58,6 +59,7 @@ class JoinJob:
         floor: the least similarity of the pairs that are stored.
         standing: fingerprint of the decisions that were carried over: rows that are gone by them take no part, and only
             pairs with a row that is open are looked for.
+        gpus: that the join of a part takes, which then multiplies there; the pairs are the same.
     """
 
     root: str
@@ -69,6 +71,7 @@ class JoinJob:
     join: Join
     floor: float
     standing: str | None = None
+    gpus: float = 0.0
 
     @property
     def parts(self) -> int:
@@ -224,7 +227,7 @@ def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], N
     for _ in session.stream(replicate, todo if missing else []):
         pass
     found = list(done)
-    for record in session.stream(join_part, missing):
+    for record in session.stream(join_part, missing, gpus=job.gpus):
         found.append(record)
         if on_part:
             on_part(record)
@@ -438,13 +441,14 @@ def _firsts(store: Store, files: Iterable[str], hashes: np.ndarray) -> np.ndarra
 
 def _joined(job: JoinJob, rows: _PartRows) -> Iterator[Pairs]:
     """The pairs of a part by number of `rows`: of rows at home with each other, and with copies."""
+    device = "cuda" if job.gpus else "cpu"
     if job.join is Join.CLUSTER:
         touched = _touched(rows)
-        for pairs in cell_pairs(rows.vectors[touched], rows.cell[touched], job.floor):
+        for pairs in cell_pairs(rows.vectors[touched], rows.cell[touched], job.floor, device):
             known = rows.standing[touched[pairs.left]] & rows.standing[touched[pairs.right]]
             yield Pairs(touched[pairs.left], touched[pairs.right], pairs.similarity).where(~known)
         return
-    join = similar_pairs if job.join is Join.EXACT else graph_pairs
+    join = partial(similar_pairs, device=device) if job.join is Join.EXACT else graph_pairs
     for base, others in _sides(rows):
         for pairs in _against(join, rows, base, others, job.floor):
             yield pairs.where(rows.native[pairs.left] | rows.native[pairs.right])

@@ -1,5 +1,6 @@
 """Rows with equal vectors are joined as one, and decided as each by itself would be."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +163,42 @@ def test_equal_rows_are_links_and_not_pairs(root: Path, join: Join) -> None:
     measured = measured_recall(InProcess(), job, records, 1.0, 1)
     assert measured.pairs == 2 * len(_brute_pairs(FLOOR))
     assert measured.recall == 1 if join is Join.EXACT else 0.5 < measured.recall <= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=40),
+    st.sampled_from([Keep.RANDOM, Keep.DENSEST]),
+    st.integers(1, 3),
+    st.sampled_from([0.85, 0.9, 0.95]),
+)
+def test_any_rows_are_decided_as_without_links(
+    values: list[tuple[int, int, int]], keep: Keep, buckets: int, similarity: float
+) -> None:
+    vectors = unit_rows(np.array(values, np.float32))
+    hashes = np.sort(np.random.default_rng(len(values)).integers(0, 2**64, len(values), dtype=np.uint64))
+    left, right = np.triu_indices(len(vectors), 1)
+    pairs = Pairs(left, right, pair_similarities(vectors, left, right))
+    pairs, first = pairs.where(pairs.similarity >= np.float32(FLOOR)), first_equal(vectors)
+    near = pairs.where(pairs.similarity >= np.float32(similarity))
+    degrees = np.bincount(np.concatenate([near.left, near.right]), minlength=len(vectors))
+    rank = ranks(degrees, hashes, True) if keep is Keep.DENSEST else ranks(random_keys(hashes, SEED), hashes)
+    stays = independent_set(neighbours_of(near.left, near.right, near.similarity, rank), rank)
+    alone = first == np.arange(len(first))
+    stored, others = pairs.where(alone[pairs.left] & alone[pairs.right]), np.flatnonzero(~alone)
+    with tempfile.TemporaryDirectory() as folder:
+        store = LocalStore(Path(folder))
+        links = (hashes[first[others]], hashes[others], np.ones(len(others), np.float32))
+        for name, columns in (
+            ("pairs", (hashes[stored.left], hashes[stored.right], stored.similarity)),
+            ("equal", links),
+        ):
+            write_fragment(store, f"p/{name}.parquet", pa.table(list(columns), schema=PAIR_SCHEMA))
+        job = RemovalJob(folder, "r", ("p/pairs.parquet",), similarity, keep, buckets, seed=SEED)
+        job = replace(job, equal_files=("p/equal.parquet",))
+        remove_duplicates(InProcess(), job)
+        gone = {row for table in removed_rows(store, job) for row in table.column("removed").to_pylist()}
+    assert gone == set(hashes[~stays].tolist())
 
 
 def test_a_clique_of_equal_rows_takes_a_link_each(root: Path) -> None:

@@ -1,6 +1,6 @@
 """Joins and removal over fragments, parts and buckets: what one process finds and decides over all rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +47,7 @@ from penstock.operators.duplicate_measures import PairRecall
 from penstock.operators.independent_set import Keep, independent_set, neighbours_of, random_keys, ranks
 from penstock.operators.similar_pairs import Join, Pairs, similar_pairs, unit_rows
 
-from .in_process import InProcess
+from .in_process import InProcess, R, T
 
 DIMENSION, CELLS, FLOOR = 16, 9, 0.85
 FRAGMENT_ROWS = (500, 0, 350, 1)
@@ -150,6 +150,26 @@ def test_a_damaged_part_is_found_again_from_its_task(root: Path) -> None:
     before = {path: store.read(path) for record in records for path in record.files}
     assert [join_part(PartTask(job, record.part)) for record in records] == records
     assert {path: store.read(path) for path in before} == before
+
+
+class _Asked(InProcess):
+    """Notes the GPUs that tasks take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpus: dict[str, float] = {}
+
+    def stream(
+        self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1, gpus: float = 0
+    ) -> Iterator[R]:
+        self.gpus[function.__name__] = gpus
+        return super().stream(function, [], cpus=cpus, gpus=gpus)
+
+
+def test_joins_take_the_gpus_of_their_job(root: Path) -> None:
+    session = _Asked()
+    find_pairs(session, replace(_job(root, "gpu"), gpus=0.5))
+    assert session.gpus == {"replicate": 0, "join_part": 0.5}
 
 
 def test_cluster_and_graph_find_true_pairs_and_their_recall_is_measured(root: Path) -> None:
