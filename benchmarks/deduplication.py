@@ -1,14 +1,16 @@
 """Joins of similar rows against multiplying all rows, SemDeDup and semhash: pairs found and time taken.
 
     OMP_NUM_THREADS=1 python benchmarks/deduplication.py --vectors FILE.npy
-        [--rows 100000] [--rounds 3] [--scaling 25000 50000 ...] [--json]
+        [--rows 100000] [--rounds 5] [--scaling 25000 50000 ...] [--merge FILE ...] [--json]
 
 FILE.npy holds real vectors, floating point (n, d). Rows beyond those are copies with noise of the data's covariance,
 each at a cosine of about 0.8 to its row. All sides take turns on one thread, `--rounds` times; the median of the CPU
-seconds counts. The truth is that of the blocked multiplication of all rows, checked in float64 as all sides are, and a
-side that finds a pair which is none ends the program. SemDeDup is k-means of faiss (20 iterations, at most 256 rows for
-each centroid) and all pairs of each cell in float32. semhash is left out, and named, where it is not installed; NeMo
-Curator's semantic deduplication needs a GPU (cudf) and is not run.
+seconds counts. Those that take most of the time, all pairs and semhash, run in the first round alone. The truth is
+that of the blocked multiplication of all rows, checked in float64 as all sides are, and a side that finds a pair which
+is none ends the program. SemDeDup is k-means of faiss (20 iterations, at most 256 rows for each centroid) and all pairs
+of each cell in float32. semhash is left out, and named, where it is not installed; NeMo Curator's semantic
+deduplication needs a GPU (cudf) and is not run. `--merge` takes files that `duplicate_jobs.py` wrote with `--json`, and
+adds their figures to the last line.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import torch
 from penstock.operators.clustering import ClusteringSpec, build_quantizer, cluster_sample, nearest_cells
 from penstock.operators.similar_pairs import Pairs, cell_pairs, pair_similarities, similar_pairs, unit_rows
 
+ALL_PAIRS = "blocked float32, all pairs"
 FLOORS = (0.95, 0.9)
 SEMDEDUP_CELLS = (100, 1000)
 CLUSTER_CELLS = (2, 4, 8, 16, 32, 64)
@@ -48,11 +51,13 @@ Find = Callable[[np.ndarray, float], set[int]]
 
 @dataclass
 class Side:
-    """A way to find pairs, numbered left * rows + right; `ours` are compared with the others."""
+    """A way to find pairs, numbered left * rows + right; `slow` ones run once. `names_pairs` is false of what names
+    rows to remove alone."""
 
     name: str
     find: Find
-    ours: bool = False
+    slow: bool = False
+    names_pairs: bool = True
     seconds: dict[float, list[float]] = field(default_factory=dict)
     recall: dict[float, float] = field(default_factory=dict)
 
@@ -66,15 +71,21 @@ class Side:
 def load_vectors(path: Path, rows: int) -> tuple[np.ndarray, int]:
     """Unit rows float32 (rows, d), and how many of them are real."""
     real = unit_rows(np.load(path)[:rows])
-    random = np.random.default_rng(SEED)
-    weights, axes = np.linalg.eigh(real[:8_192].T.astype(np.float64) @ real[:8_192] / min(len(real), 8_192))
-    spread = (np.sqrt(np.maximum(weights, 0))[:, None] * axes.T).astype(np.float32)
+    random, spread = np.random.default_rng(SEED), noise_axes(real)
     parts = [real]
     for first in range(len(real), rows, len(real)):
         base = real[: rows - first]
         noise = random.standard_normal(base.shape, np.float32) @ spread
         parts.append(unit_rows(base + COPY_NOISE * noise))
     return np.concatenate(parts), len(real)
+
+
+def noise_axes(real: np.ndarray) -> np.ndarray:
+    """What standard normal rows are multiplied with to have the covariance of the data, (d, d)."""
+    few = real[:8_192]
+    weights, axes = np.linalg.eigh(few.T.astype(np.float64) @ few / len(few))
+    spread: np.ndarray = (np.sqrt(np.maximum(weights, 0))[:, None] * axes.T).astype(np.float32)
+    return spread
 
 
 # ---- the sides
@@ -159,15 +170,15 @@ def semhash() -> Find | None:
 
 
 def sides() -> list[Side]:
-    found = [Side("blocked float32, all pairs", all_pairs)]
+    found = [Side(ALL_PAIRS, all_pairs, slow=True)]
     found += [Side(f"SemDeDup, k = {cells}", semdedup(cells)) for cells in SEMDEDUP_CELLS]
-    found += [Side("exact", exact, ours=True)]
-    found += [Side(f"cluster, k = {cells}", cluster(cells), ours=True) for cells in CLUSTER_CELLS]
+    found += [Side("exact", exact)]
+    found += [Side(f"cluster, k = {cells}", cluster(cells)) for cells in CLUSTER_CELLS]
     peer = semhash()
     if peer is None:
         _note("semhash is not installed and left out")
     else:
-        found.append(Side("semhash", peer))
+        found.append(Side("semhash", peer, slow=True, names_pairs=False))
     return found
 
 
@@ -175,9 +186,9 @@ def measure(contenders: Sequence[Side], vectors: np.ndarray, rounds: int) -> dic
     """Times all sides in turn and checks what they found; returns the true pairs at each floor."""
     counts = {}
     for floor in FLOORS:
+        truth: set[int] = set()
         for number in range(rounds):
-            truth: set[int] = set()
-            for side in contenders:
+            for side in contenders if number == 0 else [one for one in contenders if not one.slow]:
                 started = time.process_time()
                 found = side.find(vectors, floor)
                 side.seconds.setdefault(floor, []).append(time.process_time() - started)
@@ -222,9 +233,10 @@ def ratios(contenders: Sequence[Side], seconds: dict[int, float]) -> dict[str, f
         "exact_pair_recall_90": ours.recall[0.9],
         "exact_over_semdedup_time": round(total["exact"] / total[like.name], 3),
         "exact_over_fastest_semdedup_time": round(total["exact"] / total[fastest.name], 3),
-        "allpairs_over_exact_time": round(total["blocked float32, all pairs"] / total["exact"], 2),
+        "allpairs_over_exact_time": round(total[ALL_PAIRS] / total["exact"], 2),
         "cluster_over_best_peer_time": round(max(_like(contenders, fastest, floor) for floor in FLOORS), 3),
         "scaling_exponent": round(exponent(seconds), 3),
+        **({"semhash_over_exact_time": round(total["semhash"] / total["exact"], 2)} if "semhash" in total else {}),
     }
 
 
@@ -257,12 +269,23 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for one in result["sides"]:
-        shown = ["-" if one["name"] == "semhash" else f"{value:.5f}" for value in one["recall"]]
+        shown = [f"{value:.5f}" if one["names_pairs"] else "-" for value in one["recall"]]
         lines.append(f"| {one['name']} | {one['seconds'][0]:.2f} | {one['seconds'][1]:.2f} | {shown[0]} | {shown[1]} |")
     lines += ["", "| rows | exact, CPU s at 0.9 |", "|---|---|"]
     lines += [f"| {rows:,} | {seconds:.2f} |" for rows, seconds in result["scaling"].items()]
     verdicts = [f"{name}: {'met' if met else 'MISSED'}" for name, met in bars(result["ratios"]).items()]
     return "\n".join([*lines, "", json.dumps(result["ratios"]), *verdicts])
+
+
+def merged(files: Sequence[Path]) -> dict[str, Any]:
+    """Figures of runs through the jobs, by rows and join."""
+    found: dict[str, Any] = {}
+    for file in files:
+        run = json.loads(file.read_text().splitlines()[-1])
+        name = f"jobs_{run['rows']}_{run['join']}"
+        found |= {f"{name}_{key}": run[key] for key in ("largest_process_mib", "pair_recall", "pairs", "removed")}
+        found[f"{name}_seconds"] = round(sum(run["seconds"].values()), 1)
+    return found
 
 
 def _note(line: str) -> None:
@@ -273,8 +296,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scaling", type=int, nargs="+", default=[25_000, 50_000, 100_000, 200_000, 400_000])
+    parser.add_argument("--merge", type=Path, nargs="*", default=[])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     faiss.omp_set_num_threads(1)
@@ -293,6 +317,8 @@ def main() -> None:
         "sides": [
             {
                 "name": side.name,
+                "rounds": len(side.seconds[min(FLOORS)]),
+                "names_pairs": side.names_pairs,
                 "seconds": [round(side.median_s(floor), 3) for floor in FLOORS],
                 "recall": [side.recall[floor] for floor in FLOORS],
             }
@@ -303,7 +329,7 @@ def main() -> None:
     }
     sys.stdout.write(markdown(result) + "\n")
     if options.json:
-        sys.stdout.write(json.dumps({**result["ratios"], **result}) + "\n")
+        sys.stdout.write(json.dumps({**result["ratios"], **merged(options.merge), **result}) + "\n")
     sys.exit(0 if all(bars(result["ratios"]).values()) else 1)
 
 

@@ -100,20 +100,6 @@ def open_searcher(
     return searcher
 
 
-def open_stored(store: Store, shard: ShardRecord) -> tuple[pa.ChunkedArray, StoredVectors]:
-    """The ids of a shard's rows, and the vectors that are stored of them, both memory-mapped.
-
-    For shards that have vectors; the ids stay mapped for as long as the vectors do.
-    """
-    with ExitStack() as files:
-        ids, vectors = (
-            files.enter_context(hold_file(store, shard.folder, _record(shard, kind))) for kind in (IDS, VECTORS)
-        )
-        opened = read_ipc(ids).column("id"), open_vectors(vectors)
-        weakref.finalize(opened[1], files.pop_all().close)
-    return opened
-
-
 def open_ids(store: Store, shard: ShardRecord) -> pa.Table:
     """The passage ids (id) of the shard's rows, memory-mapped."""
     return _open_kind(store, shard, IDS)

@@ -1,11 +1,10 @@
-"""What a join found of all pairs, and what a threshold costs: measured, and drawn from stored pairs."""
+"""What a join found of all pairs, and how similar these are."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.operators.independent_set import independent_set, neighbours_of
 from penstock.operators.similar_pairs import FILTER_MARGIN, Pairs, pair_similarities
 
 BLOCK_ROWS = 4_096
@@ -29,16 +28,6 @@ class PairRecall:
     rows: int
     pairs: int
     found: int
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """What a threshold removes: rows, the share of all rows, and bytes."""
-
-    similarity: float
-    removed_rows: int
-    removed_share: float
-    saved_bytes: int
 
 
 def sample_truth(sample: np.ndarray, vectors: np.ndarray, floor: float) -> Pairs:
@@ -84,25 +73,6 @@ def similarity_histogram(similarities: Iterable[np.ndarray], floor: float, bins:
     for part in similarities:
         counts += np.histogram(np.clip(part.astype(np.float64), floor, 1.0), edges)[0]
     return counts, edges
-
-
-def threshold_curve(
-    pairs: Pairs, rank: np.ndarray, row_bytes: np.ndarray, total_rows: int, thresholds: Iterable[float]
-) -> list[CurvePoint]:
-    """What each threshold removes of the rows that are in pairs, without another join.
-
-    Args:
-        pairs: down to the lowest threshold at least.
-        rank: int64 (n,), the order of preference; `row_bytes` int64 (n,), what a row takes.
-        total_rows: of the corpus, of which n are in pairs.
-    """
-    points = []
-    for threshold in thresholds:
-        above = pairs.where(pairs.similarity >= np.float32(threshold))
-        stays = independent_set(neighbours_of(above.left, above.right, above.similarity, rank), rank)
-        removed = int(np.count_nonzero(~stays))
-        points.append(CurvePoint(threshold, removed, removed / max(1, total_rows), int(row_bytes[~stays].sum())))
-    return points
 
 
 def _bootstrap_bound(hits: np.ndarray, pairs: np.ndarray) -> float:

@@ -7,7 +7,6 @@ without an earlier neighbour that may stay do stay, their later neighbours go, a
 row are the states of its earlier neighbours: rows can be dealt out to processes that tell one another who is decided.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -128,75 +127,6 @@ def component_labels(left: np.ndarray, right: np.ndarray, rows: int) -> np.ndarr
         labels = labels[labels]
         if np.array_equal(labels, before):
             return labels
-
-
-def covered_documents(
-    left: np.ndarray, right: np.ndarray, document: np.ndarray, share: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents of which at least `share` of the passages are similar to passages of one other document.
-
-    Args:
-        left, right: int64 (e,), pairs of similar passages.
-        document: int64 (n,), the document of each passage, 0..documents - 1.
-        share: above 0 and at most 1.
-
-    Returns:
-        int64 (c,) covered, int64 (c,) covering, float32 (c,) share of its passages.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share ({share}) must be above 0 and at most 1, of the passages of a document")
-    passage, other = np.concatenate([left, right]), document[np.concatenate([right, left])]
-    apart = document[passage] != other
-    hits = np.unique(np.stack([passage[apart], other[apart]], axis=1), axis=0)
-    found, counts = np.unique(np.stack([document[hits[:, 0]], hits[:, 1]], axis=1), axis=0, return_counts=True)
-    shares = counts / np.bincount(document)[found[:, 0]]
-    enough = shares >= share
-    return found[enough, 0], found[enough, 1], shares[enough].astype(np.float32)
-
-
-def independent_documents(
-    covered: np.ndarray, covering: np.ndarray, shares: np.ndarray, rank: np.ndarray
-) -> tuple[np.ndarray, Neighbours]:
-    """Which documents stay, bool (n,) by rank int64 (n,), and what decided it: a document goes when an earlier one that
-    stays covers it. A document that covers an earlier one alone lets it stay."""
-    later = rank[covering] < rank[covered]
-    neighbours = Neighbours(covered[later], covering[later], shares[later])
-    return independent_set(neighbours, rank), neighbours
-
-
-def admitted(neighbours: Neighbours, rank: np.ndarray, standing: np.ndarray) -> np.ndarray:
-    """Which rows stay when some come to those that stay already: bool (n,).
-
-    Args:
-        neighbours: of the new rows among themselves and with those that stand; a new row is the `row` of a pair with
-            one that stands, whatever the rank.
-        standing: bool (n,), rows that stay: earlier decisions are not taken back.
-    """
-    states = np.where(standing, STAYS, UNDECIDED).astype(np.uint8)
-    settle(neighbours, rank, states, ~standing)
-    result: np.ndarray = states == STAYS
-    return result
-
-
-def revived(
-    represented: np.ndarray, similar: Callable[[np.ndarray], Neighbours], rank: np.ndarray, standing: np.ndarray
-) -> np.ndarray:
-    """Which rows come back when the row that represented them is deleted: those that are similar to none that stands,
-    and of these the greedy choice by rank. int64, ascending.
-
-    Args:
-        represented: int64, the rows that the deleted ones represented.
-        similar: the neighbours of rows among themselves and with those that stand. Joined anew: rows that were added
-            later were never compared with rows that were gone by then.
-        standing: bool (n,), the rows that stay, without the deleted ones.
-    """
-    states = np.full(len(rank), GOES, np.uint8)
-    states[standing] = STAYS
-    states[represented] = UNDECIDED
-    own = np.zeros(len(rank), bool)
-    own[represented] = True
-    settle(similar(represented), rank, states, own)
-    return np.sort(represented[states[represented] == STAYS])
 
 
 def _undecided(

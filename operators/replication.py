@@ -81,8 +81,8 @@ class _Planes:
 
     def __init__(self, centroids: np.ndarray) -> None:
         self._centroids = centroids
-        exact = centroids.astype(np.float64)
-        squares = np.einsum("ij,ij->i", exact, exact)
+        self._exact = exact = centroids.astype(np.float64)
+        self._squares = squares = np.einsum("ij,ij->i", exact, exact)
         self._half_squares = (squares / 2).astype(np.float32)
         apart = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * exact @ exact.T, 0))
         self._apart = np.maximum(apart, LEAST_APART)
@@ -90,9 +90,21 @@ class _Planes:
     def distances(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nearest centroid, int64 (n,), and from each row to the planes between this and each, float64 (n, k)."""
         nearness = vectors @ self._centroids.T - self._half_squares
-        nearest = nearness.argmax(axis=1)
+        nearest = self._nearest(vectors, nearness)
         lead = np.take_along_axis(nearness, nearest[:, None], axis=1) - nearness
         return nearest, np.maximum(lead - MARGIN, 0) / self._apart[nearest]
+
+    def _nearest(self, vectors: np.ndarray, nearness: np.ndarray) -> np.ndarray:
+        """The nearest centroid, which depends on the vector alone: float32 products also depend on what they are
+        computed together with, and equal vectors belong to one cell."""
+        nearest: np.ndarray = nearness.argmax(axis=1)
+        near = nearness >= np.take_along_axis(nearness, nearest[:, None], axis=1) - MARGIN
+        unsure = np.flatnonzero(near.sum(axis=1) > 1)
+        place, cell = np.nonzero(near[unsure])
+        products = np.einsum("ij,ij->i", vectors[unsure[place]].astype(np.float64), self._exact[cell])
+        order = np.lexsort((cell, self._squares[cell] / 2 - products, place))
+        nearest[unsure] = cell[order[np.flatnonzero(np.diff(place[order], prepend=-1))]]
+        return nearest
 
 
 def _nth(distances: np.ndarray, most: int) -> np.ndarray:

@@ -275,6 +275,8 @@ class _Filter:
 
         name, on_cpu = _filter_type(device), device == "cpu"
         kind = getattr(torch, name)
+        if not on_cpu:  # sums in float32 throughout, as FILTER_MARGIN has it
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._block, self._chunk = (BLOCK_ROWS, CHUNK_ROWS) if on_cpu else (GPU_ROWS, GPU_ROWS)
         self._step = STEP_ROWS if on_cpu else GPU_ROWS
         padding = max(self._block, self._step) if on_cpu or len(short) > GPU_ROWS else GPU_ROWS

@@ -1,6 +1,7 @@
 """The pipeline file as one tree of frozen models: what the YAML file, `--set` and the recorded run all are."""
 
 import re
+from enum import StrEnum
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -188,6 +189,18 @@ class Embedding(Section):
 KEEP_COLUMN = re.compile(r"column:(\S+)(?: (asc|desc))?")
 
 
+# Where near-duplicates of documents are taken out of training corpora, they share 0.8 of their text (Lee et al.,
+# arXiv:2107.06499; RefinedWeb, arXiv:2306.01116). What is lost of a document that goes is at most the rest.
+COVERED_SHARE = 0.8
+
+
+class Level(StrEnum):
+    """What goes: single passages, or whole documents."""
+
+    PASSAGE = "passage"
+    DOCUMENT = "document"
+
+
 class Deduplicate(Section):
     """Which passages stay out of the index because another says the same."""
 
@@ -207,11 +220,28 @@ class Deduplicate(Section):
         None, description="Least similarity of the pairs that are stored; default 0.85, or similarity if that is lower."
     )
     seed: Whole = 20_260_103
+    level: Level = Field(
+        Level.PASSAGE, description="passage, or document: one goes whole when one that stays covers it."
+    )
+    share: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="Share of a document's passages that are similar to some of one other (level document)."
+    )
+
+    @property
+    def covered_share(self) -> float:
+        """From which share on a document is covered by another."""
+        return COVERED_SHARE if self.share is None else self.share
 
     @property
     def least(self) -> float:
         """The similarity down to which pairs are looked for and stored."""
         return min(LEAST_STORED, self.similarity) if self.floor is None else self.floor
+
+    @property
+    def by_text(self) -> bool:
+        """Whether passages with the same text are left out before they are embedded. Not where documents go as a whole:
+        each needs all its passages to be judged by, and to stay with."""
+        return self.type != "none" and self.level is not Level.DOCUMENT
 
     def keep_rule(self) -> Keep:
         """The order in which passages are preferred."""
@@ -230,6 +260,8 @@ class Deduplicate(Section):
         words = [rule.value for rule in Keep if rule is not Keep.COLUMN]
         if not KEEP_COLUMN.fullmatch(self.keep) and self.keep not in words:
             raise ValueError(f"keep ({self.keep}) must be one of {', '.join(words)}, or column:NAME asc or desc")
+        if self.share is not None and self.level is not Level.DOCUMENT:
+            raise ValueError(f"share ({self.share}) belongs to level document, but level is passage; leave it out")
         if self.least > self.similarity:
             raise ValueError(
                 f"floor ({self.least}) must be at most similarity ({self.similarity}): pairs below it are not stored"
@@ -376,19 +408,12 @@ class Index(Section):
 
     @model_validator(mode="after")
     def _transforms_fit(self) -> Self:
-        if self.transforms and self.family == "auto" and self.factory is None:
-            raise ValueError(
-                f"transforms ({', '.join(one.type for one in self.transforms)}) are not chosen by family auto, which "
-                "measures vectors as they are; name a family"
-            )
         needs = any(transform.type == "sphering" for transform in self.transforms)
         if needs != (self.queries is not None):
             raise ValueError("queries and a transform of type sphering need each other: give both, or none")
-        if "rerank_codec" in self.model_fields_set and not self.rerank:
-            raise ValueError(
-                f"rerank_codec ({self.rerank_codec}) is of stored vectors: set rerank to true, which needs a family "
-                "(auto measures with float16)"
-            )
+        chosen = self.family == "auto" and self.factory is None
+        if "rerank_codec" in self.model_fields_set and not self.rerank and not chosen:
+            raise ValueError(f"rerank_codec ({self.rerank_codec}) is of stored vectors: set rerank to true")
         return self
 
     @model_validator(mode="after")

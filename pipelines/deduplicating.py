@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
+from penstock.cluster.jobs.document_pairs import DocumentJob, remove_documents
+from penstock.cluster.jobs.groups import are_grouped, group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
@@ -28,19 +31,24 @@ from penstock.cluster.jobs.similarity import (
     predict_factor,
     share_parts,
 )
-from penstock.cluster.layout import CENTROIDS, KEPT, PAIRS, PASSAGES, REMOVAL, stage_folder
+from penstock.cluster.jobs.standing import Carried, StandingJob, carry_decisions, ranges_for
+from penstock.cluster.layout import CENTROIDS, DOCUMENT_PAIRS, KEPT, PAIRS, PASSAGES, REMOVAL, STANDING, stage_folder
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.clustering import ClusteringSpec
+from penstock.operators.identity import fingerprint
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join
+from penstock.pipelines.config import Level
+from penstock.pipelines.curve_quality import CurveQuality
+from penstock.pipelines.decisions import read_decision, record_path
 from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import (
     Deduplicated,
     Embedded,
     Resolved,
     deduplicated_of,
-    kept_record_path,
+    deduplication_of,
     vector_bytes,
 )
 from penstock.pipelines.progress import Reporter
@@ -67,14 +75,13 @@ class Deduplicating:
     def run(self) -> tuple[Embedded, StageEntry]:
         """The embeddings that stay, and the entry of the ledger."""
         started = time.monotonic()
-        plan = Deduplicated.of(self.resolved, self.embedded)
         done = deduplicated_of(self.resolved, self.embedded, self.store)
         if done is None:
-            self._deduplicate(plan)
+            self._deduplicate(deduplication_of(self.resolved, self.embedded, self.store))
             done = deduplicated_of(self.resolved, self.embedded, self.store)
-        if done is None:
-            raise FileNotFoundError(f"{kept_record_path(plan.kept)} was written and is gone; run again")
-        removed = json.loads(self.store.read(kept_record_path(plan.kept)))["removed"]
+        if done is None or done.deduplicated is None:
+            raise FileNotFoundError("what stays was written and is gone; run again")
+        removed = self.embedded.rows - done.rows
         dropped = {DUPLICATE_MEANING: removed} if removed else {}
         seconds = time.monotonic() - started
         before = done.rows + removed
@@ -83,21 +90,24 @@ class Deduplicating:
     def curve(self) -> dict[str, Any]:
         """What thresholds from the floor on would remove, in rows, their share, and bytes of stored vectors.
 
-        With pairs near the threshold of the file, to judge it by.
+        With pairs near the threshold of the file, to judge it by, and with what becomes of the answers to the queries
+        of the evaluation, if it has a file of them.
 
         Pairs that are stored are not looked for again.
 
         Memory: as `run`; each threshold decides in buckets.
         """
         plan = Deduplicated.of(self.resolved, self.embedded)
-        job, _ = self._join_job(plan)
+        job, _ = self._join_job(plan, self.embedded.rows)
         rows, records = self.embedded.rows, self._pairs(job)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
-        points = []
+        points: list[dict[str, Any]] = []
+        removals: list[RemovalJob] = []
         with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
             for threshold in thresholds:
                 removal = replace(self._removal(plan, records), similarity=threshold)
                 removal = replace(removal, fingerprint=plan.removal_at(threshold))
+                removals.append(removal)
                 removed = remove_duplicates(self.session, removal)
                 points.append(
                     {
@@ -115,7 +125,18 @@ class Deduplicating:
             "similarity": plan.similarity,
             "points": points,
             "examples": self._examples(plan, records),
+            **self._quality(points, removals),
         }
+
+    def _quality(self, points: list[dict[str, Any]], removals: list[RemovalJob]) -> dict[str, Any]:
+        """What the evaluation has queries for: how the points change their answers, which is put into the points."""
+        if not isinstance(self.resolved.pipeline.evaluate.queries, str):
+            return {}
+        measured = CurveQuality(self.session, self.resolved, self.embedded, self.reporter, self.store.url)
+        quality = measured.measure(removals)
+        for point, figures in zip(points, quality.pop("after"), strict=True):
+            point |= figures
+        return {"quality": quality}
 
     def _examples(self, plan: Deduplicated, records: list[PartRecord]) -> list[dict[str, Any]]:
         """Pairs near the threshold, with their texts."""
@@ -142,40 +163,96 @@ class Deduplicating:
             return find_pairs(self.session, job, _counted(advance))
 
     def _deduplicate(self, plan: Deduplicated) -> None:
-        job, factor = self._join_job(plan)
-        rows, records = self.embedded.rows, self._pairs(job)
-        recall = self._pair_recall(plan, job, records)
+        carried = self._carry(plan)
+        job, factor = self._join_job(plan, carried.standing + carried.open)
+        records = self._pairs(job) if carried.open else []
+        recall = self._pair_recall(plan, job, records, carried.open)
         removal = self._removal(plan, records)
-        with self.reporter.stage(REMOVAL, 1, "choice") as advance:
-            removed = remove_duplicates(self.session, removal)
-            advance(1, f"{removed:,} rows go")
-        kept = self._keep(plan, removal)
-        files = tuple(path for one in records for path in one.files)
-        counts, edges = self.session.run(pair_histogram, HistogramTask(job.root, files, job.floor, HISTOGRAM_BINS))
-        record: dict[str, Any] = {
-            "join": job.join.value,
+        documents = self._documents(plan, removal)
+        removed = self._decide(removal, documents)
+        kept = self._keep(plan, removal, documents)
+        record = self._joined(job, factor, records) | {
+            "rule": plan.rule,
+            "earlier": plan.earlier,
+            "encoded": self.embedded.embeddings,
             "asked": plan.join.value,
-            "floor": job.floor,
             "similarity": plan.similarity,
-            "parts": job.parts,
-            "copies": sum(one.copies for one in records),
-            "predicted_factor": round(factor, 4),
-            "pairs": sum(one.pairs for one in records),
+            "carried": asdict(carried),
             "pair_recall": recall,
-            "removed": removed,
-            "rows": rows,
-            "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
+            "removed": self.embedded.rows - sum(kept.values()),
+            "removed_documents": None if documents is None else removed,
+            "rows": self.embedded.rows,
             "fragments": kept,
         }
-        self.store.write(kept_record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
+        self.store.write(record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
 
-    def _pair_recall(self, plan: Deduplicated, job: JoinJob, records: list[PartRecord]) -> dict[str, Any]:
+    def _decide(self, removal: RemovalJob, documents: DocumentJob | None) -> int:
+        """Choose what goes; returns how many rows that is, or documents."""
+        with self.reporter.stage(REMOVAL, 1, "choice") as advance:
+            if documents is None:
+                removed = remove_duplicates(self.session, removal)
+            else:
+                removed = remove_documents(self.session, documents)
+            advance(1, f"{removed:,} {'rows' if documents is None else 'documents'} go")
+        if not are_grouped(self.store, removal):
+            self.session.run(group_rows, removal)
+        return removed
+
+    def _joined(self, job: JoinJob, factor: float, records: list[PartRecord]) -> dict[str, Any]:
+        """What the join found."""
+        files = tuple(path for one in records for path in one.files)
+        counts, edges = self.session.run(pair_histogram, HistogramTask(job.root, files, job.floor, HISTOGRAM_BINS))
+        return {
+            "join": job.join.value,
+            "floor": job.floor,
+            "parts": job.parts,
+            "copies": sum(one.copies for one in records),
+            "comparisons": sum(one.comparisons for one in records),
+            "predicted_factor": round(factor, 4),
+            "pairs": sum(one.pairs for one in records),
+            "equal_rows": sum(one.equal for one in records),
+            "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
+        }
+
+    def _carry(self, plan: Deduplicated) -> Carried:
+        """What stands, is gone and is open, by the earlier decision; all is open where there is none."""
+        if plan.standing is None or plan.earlier is None:
+            return Carried(open=self.embedded.rows)
+        earlier = read_decision(self.store, plan.earlier)
+        if earlier is None:
+            raise FileNotFoundError(f"{record_path(plan.earlier)}, or what it names, was there and is gone; run again")
+        fragments, links = tuple(sorted(self.embedded.embeddings.values())), earlier.links
+        came = sum(
+            fact.kept for fact in self.embedded.facts if self.embedded.embeddings.get(fact.passages) not in links
+        )
+        job = StandingJob(
+            self.store.url,
+            plan.standing,
+            self.embedded.embeddings_fingerprint,
+            fragments,
+            earlier.kept,
+            links,
+            ranges_for(max(came, earlier.record["rows"] + came - self.embedded.rows)),
+        )
+        with self.reporter.stage(STANDING, len(fragments), "fragments") as advance:
+            standing = 0
+
+            def tell(receipt: Receipt) -> None:
+                nonlocal standing
+                standing += receipt.rows_out
+                advance(1, f"{standing:,} vectors stand")
+
+            return carry_decisions(self.session, job, tell)
+
+    def _pair_recall(
+        self, plan: Deduplicated, job: JoinJob, records: list[PartRecord], open_rows: int
+    ) -> dict[str, Any]:
         """The share of true pairs that the join found, measured once for it."""
         path = f"{stage_folder(PAIRS, plan.pairs)}/recall.json"
         try:
             found: dict[str, Any] = json.loads(self.store.read(path))
         except FileNotFoundError:
-            share = min(1.0, RECALL_QUERIES / max(self.embedded.rows, 1))
+            share = min(1.0, RECALL_QUERIES / max(open_rows, 1))
             with self.reporter.stage("pair recall", 1, "sample") as advance:
                 recall = measured_recall(self.session, job, records, share, plan.seed)
                 advance(1, f"{recall.recall:.4f} of {recall.pairs:,} pairs")
@@ -183,13 +260,14 @@ class Deduplicating:
             self.store.write(path, json.dumps(found, indent=1, sort_keys=True).encode())
         return found
 
-    def _join_job(self, plan: Deduplicated) -> tuple[JoinJob, float]:
-        """The join to do, and how many rows it is to store for each: decided once, as pairs are kept by it."""
+    def _join_job(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float]:
+        """The join to do of the rows that take part, and how many rows it is to store for each: decided once, as pairs
+        are kept by it."""
         path = f"{stage_folder(PAIRS, plan.pairs)}/join.json"
         try:
             record = json.loads(self.store.read(path))
         except FileNotFoundError:
-            job, factor = self._decided_join(plan)
+            job, factor = self._decided_join(plan, rows)
             record = {"join": job.join.value, "part_of_cell": job.part_of_cell, "predicted_factor": factor}
             self.store.write(path, json.dumps(record).encode())
             return job, factor
@@ -207,18 +285,27 @@ class Deduplicating:
             part_of_cell,
             join,
             plan.floor,
+            plan.standing,
+            self._gpus(),
         )
 
-    def _decided_join(self, plan: Deduplicated) -> tuple[JoinJob, float]:
-        """A join whose parts fit into memory."""
-        rows, dimension = self.embedded.rows, self.resolved.encoder.dimension
+    def _gpus(self) -> float:
+        """GPUs that a worker of the embedding takes, for joins as well; none where the machine has not as many."""
+        asked = self.resolved.pipeline.embedding.workers.gpus
+        return asked if asked and self.session.resources().get("GPU", 0) >= asked else 0.0
+
+    def _decided_join(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float]:
+        """A join of so many rows whose parts fit into memory."""
+        dimension = self.resolved.encoder.dimension
         stored = 1 + GRAPH_COPIES if plan.join is Join.GRAPH else 1
         parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, stored)
-        self._centroids(plan, rows, parts)
-        job = self._shared(self._whole_join(plan, plan.join, (0,)), rows, parts)
+        if parts == 1 and plan.join is not Join.CLUSTER:
+            return self._whole_join(plan, plan.join, (0,)), float(stored)
+        self._centroids(plan, self.embedded.rows, parts)
+        job = self._shared(self._whole_join(plan, plan.join, (0,)), self.embedded.rows, parts)
         if parts == 1 or plan.join is not Join.EXACT:
             return job, float(stored)
-        factor = self.session.run(predict_factor, FactorTask(job, rows, plan.seed))
+        factor = self.session.run(predict_factor, FactorTask(job, self.embedded.rows, plan.seed))
         join = affordable(plan.join, factor)
         if join is not plan.join:
             self.reporter.warn(
@@ -226,7 +313,7 @@ class Deduplicating:
                 "misses some pairs: the report says how many"
             )
         parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
-        return self._shared(replace(job, join=join), rows, parts), factor
+        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor
 
     def _shared(self, job: JoinJob, rows: int, parts: int) -> JoinJob:
         if parts == 1:
@@ -256,7 +343,7 @@ class Deduplicating:
             tuple(path for record in records for path in record.files),
             plan.similarity,
             deduplicate.keep_rule(),
-            buckets_for(sum(record.pairs for record in records)),
+            buckets_for(sum(record.pairs + record.equal for record in records)),
             passages_fingerprint=self.resolved.stage_fingerprint(PASSAGES),
             passages=tuple(sorted(fact.passages for fact in kept)),
             selection_fingerprint=self.resolved.selection_fingerprint,
@@ -264,9 +351,22 @@ class Deduplicating:
             column=column,
             descending=descending,
             seed=plan.seed,
+            standing=plan.standing,
+            fragments=tuple(sorted(embedded.embeddings.values())),
+            equal_files=tuple(path for record in records for path in record.equal_files),
         )
 
-    def _keep(self, plan: Deduplicated, removal: RemovalJob) -> dict[str, int]:
+    def _documents(self, plan: Deduplicated, removal: RemovalJob) -> DocumentJob | None:
+        """The choice among documents, where these go as a whole."""
+        deduplicate = self.resolved.pipeline.deduplicate
+        match deduplicate.level:
+            case Level.PASSAGE:
+                return None
+            case Level.DOCUMENT:
+                name = fingerprint(stage=DOCUMENT_PAIRS, removal=plan.removal)
+                return DocumentJob(name, removal, deduplicate.covered_share)
+
+    def _keep(self, plan: Deduplicated, removal: RemovalJob, documents: DocumentJob | None) -> dict[str, int]:
         """Embeddings that stay: passages fragment → rows."""
         embedded = self.embedded
         source = RowSource(
@@ -275,7 +375,7 @@ class Deduplicating:
             self.resolved.selection_fingerprint,
             embedded.embeddings_fingerprint,
         )
-        job = KeptJob(source, removal, plan.kept)
+        job = KeptJob(source, removal, plan.kept, documents)
         names = {
             plan.fragment(name): fact.passages
             for fact in embedded.facts

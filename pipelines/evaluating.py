@@ -283,9 +283,14 @@ def judged_queries(store_url: str, path: str, ids: Sequence[str]) -> tuple[list[
     return rows, [relevance[ids[row]] for row in rows]
 
 
+def document_of(passage_id: str) -> str:
+    """The document of a passage."""
+    return passage_id.rpartition("#")[0]
+
+
 def ranked_documents(passage_ids: Sequence[str | None], k: int) -> list[str]:
     """The documents of passages, most similar first, each by its best passage: k at most."""
-    names = [str(name).rpartition("#")[0] for name in passage_ids if name is not None]
+    names = [document_of(str(name)) for name in passage_ids if name is not None]
     return list(dict.fromkeys(names))[:k]
 
 

@@ -3,6 +3,8 @@
 from html import escape
 from typing import Any
 
+from penstock.pipelines.reporting import QUALITY_COLUMNS, quality_words
+
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #111827; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
 table { border-collapse: collapse; width: 100%; table-layout: fixed }
@@ -32,8 +34,25 @@ already.</p>
 <tr><th>similarity</th><th>passage</th><th>passage</th></tr>
 {rows}
 </table>
-</html>
+{_thresholds(record)}</html>
 """
+
+
+def _thresholds(record: dict[str, Any]) -> str:
+    """What thresholds do to the answers to queries, where these were asked."""
+    if "quality" not in record:
+        return ""
+    names = [name for name in QUALITY_COLUMNS if name in record["points"][0]]
+    titles = ["threshold", "removed", *(QUALITY_COLUMNS[name] for name in names)]
+    lines = [f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"]
+    for point in record["points"]:
+        values = [f"{point['similarity']:g}", f"{point['share']:.2%}", *(f"{point[name]:.4f}" for name in names)]
+        kind = ' class="goes"' if point["similarity"] == record["similarity"] else ""
+        lines.append(f"<tr{kind}>{''.join(f'<td>{value}</td>' for value in values)}</tr>")
+    table = "\n".join(lines)
+    return (
+        f"<h2>Answers at each threshold</h2>\n<p>{quality_words(record['quality'])}</p>\n<table>\n{table}\n</table>\n"
+    )
 
 
 def _pair(pair: dict[str, Any], threshold: float) -> str:

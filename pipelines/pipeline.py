@@ -13,7 +13,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
 from penstock.pipelines.canary import ModelTrial
 from penstock.pipelines.canary_sample import SAMPLE_PASSAGES
-from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.config import Level, PipelineFile
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
 from penstock.pipelines.planning import Plan, alias_head, decided_before, make_plan, resolve
 from penstock.pipelines.progress import Reporter, SilentReporter
@@ -76,7 +76,7 @@ class Pipeline:
         """Measure index configurations on this corpus, embedding first what is not embedded; the record of it all.
 
         With `index.family: auto` the next run builds what was chosen. With `exhaustive`, every candidate is measured at
-        the full sample, which takes about ten times as long.
+        the full sample, which took 4 to 6 times as long on 20,000 vectors, and 9 times on 39,000.
 
         Raises:
             As `run`.
@@ -116,11 +116,14 @@ class Pipeline:
         """What each threshold of `deduplicate.similarity` would remove, embedding first what is not embedded.
 
         Raises:
-            As `run`; PipelineFileInvalid where the file does not ask for deduplication by meaning.
+            As `run`; PipelineFileInvalid where the file does not ask for deduplication of passages by meaning.
         """
         if self.config.deduplicate.type != "semantic":
             rule = f"({self.config.deduplicate.type}) must be semantic for a curve of thresholds; set it in the file"
             raise PipelineFileInvalid([self.origin.problem("deduplicate.type", rule)])
+        if self.config.deduplicate.level is Level.DOCUMENT:
+            rule = "(document) must be passage for a curve of thresholds, which counts passages; set it in the file"
+            raise PipelineFileInvalid([self.origin.problem("deduplicate.level", rule)])
         store = self.store
         plan = make_plan(resolve(self.config, self.origin), store, 0)
         with _stop_on_sigterm(), Session() as session:

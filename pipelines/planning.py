@@ -28,6 +28,7 @@ from penstock.cluster.layout import (
     REMOVAL,
     SELECTION,
     SHARDS,
+    STANDING,
     TRAINING,
     TRANSFORMS,
     shard_file,
@@ -62,7 +63,8 @@ from penstock.operators.transforms import metric_after, output_dimension, step_t
 from penstock.operators.tuning import SCREENING_SIZES, Budget, Candidate, candidates
 from penstock.operators.vamana import svs_version
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
-from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.config import Level, PipelineFile, Transform
+from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
@@ -70,7 +72,7 @@ from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, docu
 PASSAGES_VERSION = 1
 TRANSFORMS_VERSION = 1
 TRAINING_VERSION = 2
-KEPT_VERSION = 1
+KEPT_VERSION = 3
 ENCODED = "encoded"  # in a lineage: the embeddings that deduplication by meaning read
 SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
@@ -146,7 +148,9 @@ class Resolved:
 
     def with_index(self, chosen: Candidate, point: SearchParameters | None) -> "Resolved":
         """With the index that family `auto` came to mean, and the search parameters that were best for it."""
-        options = {"codec": chosen.codec, "rerank": chosen.rerank, "family": chosen.family}
+        options: dict[str, Any] = {"codec": chosen.codec, "rerank": chosen.rerank, "family": chosen.family}
+        if chosen.reduced is not None:
+            options["transforms"] = (Transform(type="pca", dimension=chosen.reduced),)
         if chosen.family is Family.HNSW:
             options["hnsw_m"] = chosen.hnsw_m
         if chosen.codec in OPQ_CODECS:
@@ -172,6 +176,10 @@ class Resolved:
         factor of two, so that a corpus that grows a little keeps its index."""
         index = self.pipeline.index
         asked = index.model_dump(mode="json", include=OF_THE_CHOICE)
+        if index.rerank_codec is not VectorCodec.FLOAT16:
+            asked["rerank_codec"] = index.rerank_codec.value
+        if index.transforms:
+            asked["transforms"] = _transforming(self)
         return fingerprint(
             stage=TUNING,
             version=TUNING_VERSION,
@@ -211,7 +219,7 @@ class Resolved:
             },
             SELECTION: {
                 "documents.duplicate_ids": pipeline.documents.duplicate_ids.value,
-                "deduplicate.type": "none" if pipeline.deduplicate.type == "none" else "exact",
+                "deduplicate.type": "exact" if pipeline.deduplicate.by_text else "none",
                 "version": SELECTION_VERSION,
             },
             EMBEDDINGS: self.encoder.parameters()
@@ -246,8 +254,15 @@ class Resolved:
             "deduplicate.type": "semantic",
             **options,
             "deduplicate.floor": deduplicate.least,
+            **self._level(),
             "version": KEPT_VERSION,
         }
+
+    def _level(self) -> dict[str, Any]:
+        deduplicate = self.pipeline.deduplicate
+        if deduplicate.level is Level.PASSAGE:
+            return {}
+        return {"deduplicate.level": deduplicate.level.value, "deduplicate.share": deduplicate.covered_share}
 
     def stage_fingerprint(self, stage: str) -> str:
         """Fingerprint of a map stage: its parameters alone; its fragments add their inputs."""
@@ -332,17 +347,29 @@ class Deduplicated:
     floor: float
     similarity: float
     seed: int
+    rule: str
+    earlier: str | None = None
 
     @classmethod
-    def of(cls, resolved: Resolved, embedded: Embedded) -> "Deduplicated":
-        """Those of the embeddings of a pipeline file."""
+    def of(cls, resolved: Resolved, embedded: Embedded, earlier: str | None = None) -> "Deduplicated":
+        """Those of the embeddings of a pipeline file: of the whole corpus, or of what is to decide since an earlier
+        decision."""
         asked = resolved.pipeline.deduplicate
         members = fingerprint_set(list(embedded.embeddings.values()))
         centroids = fingerprint(stage=CENTROIDS, of=PAIRS, version=KEPT_VERSION, embeddings=members, seed=asked.seed)
-        pairs = fingerprint(stage=PAIRS, centroids=centroids, join=asked.join.value, floor=asked.least)
+        since = {} if earlier is None else {"since": earlier}
+        pairs = fingerprint(stage=PAIRS, centroids=centroids, join=asked.join.value, floor=asked.least, **since)
         rule = {"pairs": pairs, "selection": resolved.selection_fingerprint, "keep": asked.keep, "seed": asked.seed}
+        if asked.level is Level.DOCUMENT:
+            rule |= {"level": asked.level.value, "share": asked.covered_share}
         kept = fingerprint(stage=KEPT, similarity=asked.similarity, **rule)
-        return cls(centroids, pairs, rule, kept, asked.join, asked.least, asked.similarity, asked.seed)
+        found = centroids, pairs, rule, kept, asked.join, asked.least, asked.similarity, asked.seed
+        return cls(*found, rule=_rule(resolved), earlier=earlier)
+
+    @property
+    def standing(self) -> str | None:
+        """What is carried over of an earlier decision."""
+        return None if self.earlier is None else fingerprint(stage=STANDING, pairs=self.pairs)
 
     @property
     def removal(self) -> str:
@@ -355,7 +382,23 @@ class Deduplicated:
 
     def fragment(self, embeddings: str) -> str:
         """The fragment of what stays of an embeddings fragment."""
-        return fingerprint(stage=self.kept, embeddings=embeddings)
+        return fragment_of(self.kept, embeddings)
+
+
+def _rule(resolved: Resolved) -> str:
+    """Identity of what decides, whatever the corpus: the vectors and the parameters."""
+    return fingerprint(stage=KEPT, embeddings=resolved.stage_fingerprint(EMBEDDINGS), **resolved.parameters[KEPT])
+
+
+def deduplication_of(resolved: Resolved, embedded: Embedded, store: Store) -> Deduplicated:
+    """The decision of the newest version of the index by the same rule, where that is of this corpus; else the one
+    that builds upon it; where there is none, and where whole documents go, one about the whole corpus."""
+    if resolved.pipeline.deduplicate.level is Level.DOCUMENT:
+        return Deduplicated.of(resolved, embedded)
+    for found in earlier_decisions(store, resolved.pipeline.name, _rule(resolved)):
+        again = Deduplicated.of(resolved, embedded, found.earlier)
+        return again if again.kept == found.kept else Deduplicated.of(resolved, embedded, found.kept)
+    return Deduplicated.of(resolved, embedded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,7 +534,7 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
         resolved = chosen_before(resolved, store, kept.rows)
     if kept is None or not resolved.index_chosen:
         known = [_embeddings_plan(resolved, embedded, store, past)] if embedded else []
-        known += _kept_plan(resolved, embedded, kept) if embedded else []
+        known += _kept_plan(resolved, embedded, kept, store) if embedded else []
         later = known + [_unknown_plan(name, resolved, past) for name in STAGES[2 + bool(embedded) :]]
         return Plan(asked, (passages, selection, *later), None, False, True, head)
     chain = make_chain(resolved, kept)
@@ -499,7 +542,7 @@ def make_plan(resolved: Resolved, store: Store, head: int) -> Plan:
     published = catalog.has_manifest(chain.version)
     later = [
         _embeddings_plan(resolved, chain.encoded or chain, store, past),
-        *_kept_plan(resolved, chain.encoded or chain, chain),
+        *_kept_plan(resolved, chain.encoded or chain, chain, store),
         _training_plan(resolved, chain, store, past),
         _shards_plan(resolved, chain, store, past, published),
         _evaluation_plan(resolved, chain, store, past),
@@ -568,24 +611,16 @@ def embedded_of(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Embedded:
     return Embedded(tuple(facts), stage, embeddings, sum(fact.kept for fact in kept))
 
 
-def kept_record_path(kept_fingerprint: str) -> str:
-    """What deduplication by meaning found, and the rows that stay of each fragment: written last."""
-    return f"{stage_folder(KEPT, kept_fingerprint)}/kept.json"
-
-
 def deduplicated_of(resolved: Resolved, embedded: Embedded, store: Store) -> Embedded | None:
     """The embeddings that stay: all of them, or those that deduplication by meaning left; None before it is done."""
     if resolved.pipeline.deduplicate.type != "semantic":
         return embedded
-    plan = Deduplicated.of(resolved, embedded)
-    try:
-        rows: dict[str, int] = json.loads(store.read(kept_record_path(plan.kept)))["fragments"]
-    except FileNotFoundError:
+    plan = deduplication_of(resolved, embedded, store)
+    found = read_decision(store, plan.kept)
+    if found is None:
         return None
-    names = {passages: plan.fragment(name) for passages, name in embedded.embeddings.items() if rows.get(passages)}
-    if not set(names.values()) <= finished_fragments(store, EMBEDDINGS, plan.kept):
-        return None
-    return Embedded(embedded.facts, plan.kept, names, sum(rows.values()), embedded, plan)
+    names = {passages: plan.fragment(name) for passages, name in embedded.embeddings.items() if found.rows[passages]}
+    return Embedded(embedded.facts, plan.kept, names, sum(found.rows.values()), embedded, plan)
 
 
 def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
@@ -624,12 +659,16 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
 
 def _transforms_fingerprint(resolved: Resolved, members: str) -> str | None:
     """Identity of the fitted transforms: their steps, the vectors and the queries that they are fitted to."""
-    index = resolved.pipeline.index
-    if not index.transforms:
+    if not resolved.pipeline.index.transforms:
         return None
+    return fingerprint(stage=TRANSFORMS, version=TRANSFORMS_VERSION, embeddings=members, **_transforming(resolved))
+
+
+def _transforming(resolved: Resolved) -> dict[str, Any]:
+    """The steps of the transforms, and the queries that they are fitted to."""
+    index = resolved.pipeline.index
     queries = [] if index.queries is None else [_content(index.queries), resolved.query_encoder.fingerprint()]
-    steps = [step_to_json(step) for step in index.steps()]
-    return fingerprint(stage=TRANSFORMS, version=TRANSFORMS_VERSION, embeddings=members, steps=steps, queries=queries)
+    return {"steps": [step_to_json(step) for step in index.steps()], "queries": queries}
 
 
 def shard_rows(resolved: Resolved, rows: int) -> int:
@@ -684,9 +723,9 @@ def index_candidates(resolved: Resolved, rows: int) -> list[Candidate]:
         return []
     whole = searched_rows(resolved, rows)
     sample = max(1, min(SCREENING_SIZES[0], whole, rows - held_out_rows(rows)))
-    training_rows = resolved.pipeline.index.training_rows
-    dimension, metric = resolved.encoder.dimension, resolved.metric
-    found = candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
+    training_rows, reduce = resolved.pipeline.index.training_rows, not resolved.pipeline.index.transforms
+    dimension, metric = resolved.index_dimension, resolved.index_metric
+    found = candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample, reduce=reduce)
     if not clustered:
         return found
     cells = [
@@ -931,7 +970,8 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
             return pipeline.model_copy(update={"index": known})
         if index.family == "auto":
             budget = Budget(index.recall, bytes_per_vector=index.bytes_per_vector)
-            candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD)
+            reduce = not index.transforms
+            candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD, reduce=reduce)
         else:
             faiss_metric(index.family, index.codec, metric)
             refuse_missing_engine(index.family, index.codec)
@@ -1017,14 +1057,22 @@ def _embeddings_plan(resolved: Resolved, chain: Embedded, store: Store, past: Pa
     )
 
 
-def _kept_plan(resolved: Resolved, embedded: Embedded, kept: Embedded | None) -> list[StagePlan]:
+def _kept_plan(resolved: Resolved, embedded: Embedded, kept: Embedded | None, store: Store) -> list[StagePlan]:
     """Deduplication by meaning, where it is asked for."""
     if resolved.pipeline.deduplicate.type != "semantic":
         return []
-    name, size_bytes = Deduplicated.of(resolved, embedded).kept, embedded.rows * vector_bytes(resolved)
-    if kept is not None:
-        return [StagePlan(KEPT, name, len(kept.embeddings), 0, 0, 0, "unchanged")]
-    return [StagePlan(KEPT, name, 0, len(embedded.embeddings), embedded.rows, size_bytes, "embeddings or rule changed")]
+    if kept is not None and kept.deduplicated is not None:
+        return [StagePlan(KEPT, kept.deduplicated.kept, len(kept.embeddings), 0, 0, 0, "unchanged")]
+    plan = deduplication_of(resolved, embedded, store)
+    earlier = read_decision(store, plan.earlier) if plan.earlier else None
+    known = set() if earlier is None else set(earlier.encoded.values())
+    new = sum(fact.kept for fact in embedded.facts if embedded.embeddings.get(fact.passages) not in known)
+    why = f"{new:,} passages to compare"
+    if earlier is not None:
+        stays = sum(earlier.rows.values())
+        why = f"{new:,} passages of new or changed fragments to compare with {stays:,} that stay"
+    size_bytes = embedded.rows * vector_bytes(resolved)
+    return [StagePlan(KEPT, plan.kept, 0, len(embedded.embeddings), embedded.rows, size_bytes, why)]
 
 
 def _passages_bytes(resolved: Resolved, store: Store, fragments: set[str]) -> int:

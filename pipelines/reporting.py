@@ -20,6 +20,12 @@ from penstock.pipelines.running import Report
 
 SNIPPET_CHARACTERS = 240
 FILE_WIDTH = 160  # of tables when the output is no terminal
+QUALITY_COLUMNS = {
+    "recall": "recall",
+    "recall_represented": "represented",
+    "ndcg": "nDCG",
+    "ndcg_represented": "represented",
+}
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -84,7 +90,8 @@ def tuning_view(record: dict[str, Any]) -> RenderableType:
 
 def curve_view(record: dict[str, Any]) -> RenderableType:
     """What each threshold removes as duplicates by meaning."""
-    table = _table("", "threshold", "removed", "share", "saved bytes")
+    figures = [name for name in QUALITY_COLUMNS if name in record["points"][0]]
+    table = _table("", "threshold", "removed", "share", "saved bytes", *(QUALITY_COLUMNS[name] for name in figures))
     for point in record["points"]:
         mark = "in the file" if point["similarity"] == record["similarity"] else ""
         _row(
@@ -94,11 +101,24 @@ def curve_view(record: dict[str, Any]) -> RenderableType:
             f"{point['removed']:,}",
             f"{point['share']:.2%}",
             f"{point['saved_bytes']:,}",
+            *(f"{point[name]:.4f}" for name in figures),
         )
     words = (
         f"{record['pairs']:,} pairs of {record['rows']:,} passages reach {record['floor']:g}; bytes of stored vectors."
     )
+    if "quality" in record:
+        words += f"\n{quality_words(record['quality'])}"
     return Group(table, Text(words))
+
+
+def quality_words(quality: dict[str, Any]) -> str:
+    """What the columns of answers are, and what they were before anything went."""
+    relevant = "relevant documents" if quality["relevant"] == "judged" else "passages that are nearest before any goes"
+    before = ", ".join(f"{name} {value:.4f}" for name, value in quality["before"].items())
+    return (
+        f"Answers to {quality['queries']:,} queries by exact search in what stays: are the {relevant} among the first "
+        f"{quality['k']}? Before: {before}. Represented: what went counts as found where what represents it is."
+    )
 
 
 def difference_view(difference: Difference) -> RenderableType:

@@ -437,7 +437,7 @@ class Run:
                 fragments=tuple(names),
                 buckets=bucket_count(sum(receipt.passages for receipt in receipts)),
                 duplicate_ids=self._duplicate_policy(),
-                deduplicate=resolved.pipeline.deduplicate.type != "none",
+                deduplicate=resolved.pipeline.deduplicate.by_text,
             )
             losing = self._resolve_documents(job)
             advance(1, "document ids")
@@ -644,7 +644,7 @@ class Run:
             checks=tuple(checks),
             entries=tuple(self._entries),
             manifest=manifest,
-            index_bytes=index_bytes(shards),
+            index_bytes=index_bytes(shards, files.files),
             seconds=time.monotonic() - self._started,
             notes=notes,
             encoder=self._encoder,

@@ -277,6 +277,7 @@ def test_options_of_one_family_or_codec_redo_training(workspace: Path) -> None:
                 ("join", "exact", "cluster"),
                 ("floor", 0.85, 0.9),
                 ("seed", 1, 2),
+                ("level", "passage", "document"),
             )
         },
         "index.iterations": (["index.family=ivf"], "index.iterations=0", "index.iterations=1"),

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, Work, read_fragment, write_fragment
-from penstock.cluster.jobs.removal import RemovalJob, removed_rows
+from penstock.cluster.jobs.document_pairs import DocumentJob, passage_links
+from penstock.cluster.jobs.groups import groups_of
+from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob, removed_rows
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
+from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import EMBEDDINGS, KEPT, fragment_path
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
 from penstock.operators.sharding import HASH_SPACE
 
 DUPLICATE_MEANING = "duplicate_meaning"
+# kept_hash and similarity are null where a passage went with its document and has none like it in the one that stays.
 LINK_SCHEMA = pa.schema(
     [
         ("row_hash", pa.uint64()),
@@ -23,17 +28,20 @@ LINK_SCHEMA = pa.schema(
         ("document_id", pa.string()),
         ("kept_hash", pa.uint64()),
         ("similarity", pa.float32()),
+        ("group", pa.uint64()),
     ]
 )
 
 
 @dataclass(frozen=True)
 class KeptJob:
-    """What all fragments share: where rows are, what goes, and the fingerprint of the embeddings that stay."""
+    """What all fragments share: where rows are, what goes, and the fingerprint of the embeddings that stay. Where whole
+    documents go, `documents` says which."""
 
     source: RowSource
     removal: RemovalJob
     fingerprint: str
+    documents: DocumentJob | None = None
 
 
 @dataclass(frozen=True)
@@ -58,22 +66,24 @@ def keep_rows(task: KeptTask) -> Work:
     embedded, passages = read_rows(store, job.source, task.pair, 0, HASH_SPACE - 1)
     hashes = embedded.column("row_hash").to_numpy()
     kept_hash, similarity = np.zeros(len(hashes), np.uint64), np.zeros(len(hashes), np.float32)
-    goes = np.zeros(len(hashes), bool)
-    for table in removed_rows(store, job.removal):
+    goes, linked = _of_gone_documents(store, job, passages), np.zeros(len(hashes), bool)
+    for table in _gone(store, job, task.pair.embeddings):
         removed = table.column("removed").to_numpy()  # ascending
         place = np.searchsorted(removed, hashes)
         here = np.flatnonzero(place < len(removed))
         here = here[removed[place[here]] == hashes[here]]
-        goes[here] = True
+        linked[here] = True
         kept_hash[here] = table.column("kept").to_numpy()[place[here]]
         similarity[here] = table.column("similarity").to_numpy()[place[here]]
+    goes |= linked
     links = pa.table(
         [
             pa.array(hashes[goes]),
             embedded.column("passage_id").filter(pa.array(goes)),
             passages.column("document_id").filter(pa.array(goes)),
-            pa.array(kept_hash[goes]),
-            pa.array(similarity[goes]),
+            pa.array(kept_hash[goes], mask=~linked[goes]),
+            pa.array(similarity[goes], mask=~linked[goes]),
+            pa.array(groups_of(store, job.removal, hashes[goes])),
         ],
         schema=LINK_SCHEMA,
     )
@@ -81,10 +91,28 @@ def keep_rows(task: KeptTask) -> Work:
     return _write_kept(store, task, embedded.filter(pa.array(~goes)), int(goes.sum()), started)
 
 
+def _gone(store: Store, job: KeptJob, fragment: str) -> Iterator[pa.Table]:
+    """What goes for another row (REMOVED_SCHEMA): rows of the fragment by earlier decisions, and all of each bucket."""
+    if job.removal.standing:
+        yield decisions_on(store, job.removal.standing, fragment)[1].rename_columns(REMOVED_SCHEMA.names)
+    yield from removed_rows(store, job.removal) if job.documents is None else passage_links(store, job.documents)
+
+
+def _of_gone_documents(store: Store, job: KeptJob, passages: pa.Table) -> np.ndarray:
+    """Which passages are of a document that goes as a whole, bool (n,)."""
+    gone = np.zeros(passages.num_rows, bool)
+    if job.documents is not None:
+        documents = passages.column("document_hash").to_numpy()
+        for table in removed_rows(store, job.documents.removal):
+            gone |= np.isin(documents, table.column("removed").to_numpy())
+    return gone
+
+
 def merged_links(store: Store, fingerprint: str, fragments: tuple[str, ...]) -> Iterator[pa.Table]:
-    """The links (LINK_SCHEMA) of all rows that went, fragment by fragment."""
+    """The links (LINK_SCHEMA) of all rows that went and are represented by one, fragment by fragment."""
     for fragment in fragments:
-        yield read_fragment(store, links_path(fingerprint, fragment)).replace_schema_metadata()
+        table = read_fragment(store, links_path(fingerprint, fragment)).replace_schema_metadata()
+        yield table.filter(pc.is_valid(table.column("kept_hash")))
 
 
 def _write_kept(store: Store, task: KeptTask, embedded: pa.Table, went: int, started: float) -> Work:

@@ -2,11 +2,18 @@
 
 A task takes one bucket of the hash space. It first tells the buckets of its rows' neighbours how these rows are
 preferred, then round by round which of them are decided. What it wrote is read by the tasks of the next step: no
-process holds more than its bucket's pairs. The result is that of deciding row by row in the order of preference.
+process reads or holds more than its bucket's pairs. The result is that of deciding row by row in the order of
+preference.
+
+Rows with equal vectors are decided as one, which is preferred as the best of them: they have the same neighbours and
+are neighbours themselves, so all but the best go in any case, and the best stays unless something preferred to it is
+similar to all of them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import assert_never
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +26,10 @@ from penstock.cluster.fragments import (
     read_rows_with,
     write_fragment,
 )
+from penstock.cluster.jobs.pair_ends import EndsTask, read_ends, write_ends
 from penstock.cluster.jobs.selection import kept_rows
-from penstock.cluster.jobs.similarity import LEFT, RIGHT, SIMILARITY, stored_pairs
+from penstock.cluster.jobs.similarity import SIMILARITY
+from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import PASSAGES, REMOVAL, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
@@ -42,6 +51,7 @@ from penstock.operators.independent_set import (
 BUCKET_PAIRS = 4_000_000
 POSITION_DIGITS = 20
 PLACE_COLUMNS = ("passage_id", "source", "position")  # by which a selection names passages
+ORDER = ["row", "key", "best", "stands"]  # what rows are put in order by
 REMOVED_SCHEMA = pa.schema([("removed", pa.uint64()), ("kept", pa.uint64()), (SIMILARITY, pa.float32())])
 
 
@@ -51,10 +61,13 @@ class RemovalJob:
 
     Attributes:
         files: of pairs.
-        passages: the passages fragments of the rows, where the order of preference is read from a column, and which of
-            them have `exclusions` by a selection.
+        passages: the fragments (of `stage`, which has a row for each row_hash) where the order of
+            preference is read from a column, and which of them have `exclusions` by a selection.
         column: of passages, for Keep.COLUMN; `descending` prefers its largest values.
         seed: of Keep.RANDOM.
+        standing: fingerprint of decisions that were carried over, on `fragments` of embeddings: rows that stand come
+            before all others.
+        equal_files: of links from the first of rows with equal vectors, which alone is in pairs, to the others.
     """
 
     root: str
@@ -70,6 +83,10 @@ class RemovalJob:
     seed: int = 0
     selection_fingerprint: str = ""
     exclusions: frozenset[str] = frozenset()
+    standing: str | None = None
+    fragments: tuple[str, ...] = ()
+    stage: str = PASSAGES
+    equal_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +103,10 @@ def buckets_for(pairs: int) -> int:
 def remove_duplicates(session: Session, job: RemovalJob) -> int:
     """Decides all rows and stores what goes; returns the number of rows that go. What is done is not done again."""
     buckets = range(job.buckets)
-    for step in (send_keys, order_neighbours):
+    files = [(path, True) for path in job.files] + [(path, False) for path in job.equal_files]
+    for _ in session.stream(write_ends, [EndsTask(job.root, path, job.buckets, both) for path, both in files]):
+        pass
+    for step in (send_sizes, send_keys, order_neighbours) if _weighted(job) else (send_keys, order_neighbours):
         for _ in session.stream(step, [BucketTask(job, bucket) for bucket in buckets]):
             pass
     undecided, number = 1, 0
@@ -97,27 +117,50 @@ def remove_duplicates(session: Session, job: RemovalJob) -> int:
     return sum(session.stream(represent, [BucketTask(job, bucket, number) for bucket in buckets]))
 
 
+def send_sizes(task: BucketTask) -> int:
+    """Tell the neighbours of the bucket's rows how many more rows are equal to these; returns the messages."""
+    job, store = task.job, connect(task.job.root)
+    if _is_done(store, job, f"sizes-{task.bucket:05d}"):
+        return 0
+    rows = BucketRows(store, task)
+    more = np.bincount(rows.first, minlength=len(rows.own))[rows.place]
+    told = more > 0
+    messages = pa.table(
+        {
+            "bucket": bucket_of(rows.neighbour[told], job.buckets),
+            "row": rows.neighbour[told],
+            "more": more[told],
+        }
+    )
+    _write(store, job, f"sizes-{task.bucket:05d}", messages.sort_by([("bucket", "ascending"), ("row", "ascending")]))
+    return int(np.count_nonzero(told))
+
+
 def send_keys(task: BucketTask) -> int:
-    """Tell the neighbours of the bucket's rows how these are preferred; returns their number."""
+    """Tell the neighbours of the bucket's rows how these are preferred; returns the number of these rows, of equal ones
+    the first alone."""
     job, store = task.job, connect(task.job.root)
     if _is_done(store, job, f"keys-{task.bucket:05d}"):
         return 0
-    row, neighbour, similarity = _own_pairs(store, task)
-    own, place = np.unique(row, return_inverse=True)
-    keys = _keys(store, job, own, place)
+    rows = BucketRows(store, task)
+    keys, best = _preferred(store, task, rows)
+    stands = _standing(store, job, rows.own)
     messages = pa.table(
         {
-            "bucket": bucket_of(neighbour, job.buckets),
-            "row": neighbour,
-            "neighbour": row,
-            SIMILARITY: similarity,
-            "key": keys.take(pa.array(place)),
+            "bucket": bucket_of(rows.neighbour, job.buckets),
+            "row": rows.neighbour,
+            "neighbour": rows.row,
+            SIMILARITY: rows.similarity,
+            "key": keys.take(pa.array(rows.place)),
+            "best": best[rows.place],
+            "stands": stands[rows.place],
         }
     )
-    owners = pa.table({"bucket": np.full(len(own), task.bucket), "row": own, "key": keys})
+    columns = np.full(len(best), task.bucket), rows.own, keys, best, stands
+    owners = pa.table(dict(zip(["bucket", *ORDER], columns, strict=True)))
     _write(store, job, f"own-{task.bucket:05d}", owners)
     _write(store, job, f"keys-{task.bucket:05d}", messages.sort_by([("bucket", "ascending"), ("row", "ascending")]))
-    return len(own)
+    return len(best)
 
 
 def order_neighbours(task: BucketTask) -> int:
@@ -128,21 +171,21 @@ def order_neighbours(task: BucketTask) -> int:
         return 0
     messages = pa.concat_tables([_messages(store, job, f"keys-{b:05d}", task.bucket) for b in range(job.buckets)])
     own = read_fragment(store, _path(job, f"own-{task.bucket:05d}"))
-    known = pa.concat_tables(
-        [own.select(["row", "key"]), messages.select(["neighbour", "key"]).rename_columns(["row", "key"])]
-    )
+    told = messages.select(["neighbour", *ORDER[1:]]).rename_columns(ORDER)
+    known = pa.concat_tables([own.select(ORDER), told])
     hashes, first = np.unique(known.column("row").to_numpy(), return_index=True)
-    rank = ranks(known.column("key").take(pa.array(first)), hashes, _descends(job))
-    row, neighbour = (messages.column(column).to_numpy() for column in ("row", "neighbour"))
-    row_rank = rank[np.searchsorted(hashes, row)]
-    earlier = rank[np.searchsorted(hashes, neighbour)] < row_rank
+    best = known.column("best").to_numpy()[first]
+    rank = ranks(known.column("key").take(pa.array(first)), best, descends(job))
+    rank = np.where(known.column("stands").to_numpy()[first], rank, rank + len(rank))
+    row, neighbour = (np.searchsorted(hashes, messages.column(column).to_numpy()) for column in ("row", "neighbour"))
     table = pa.table(
         {
-            "row": row,
-            "neighbour": neighbour,
+            "row": hashes[row],
+            "neighbour": hashes[neighbour],
             SIMILARITY: messages.column(SIMILARITY),
-            "earlier": earlier,
-            "row_rank": row_rank,
+            "earlier": rank[neighbour] < rank[row],
+            "row_rank": rank[row],
+            "best": best[neighbour],
         }
     )
     _write(store, job, name, table.sort_by([("row", "ascending"), ("neighbour", "ascending")]))
@@ -173,16 +216,32 @@ def represent(task: BucketTask) -> int:
     job, store = task.job, connect(task.job.root)
     bucket = _Bucket(store, task)
     gone, kept, similarity = representatives(bucket.neighbours, bucket.states)
-    table = pa.table([bucket.hashes[gone], bucket.hashes[kept], similarity], schema=REMOVED_SCHEMA)
-    receipt = Receipt(f"removed-{task.bucket:05d}", len(gone), len(gone))
-    _write(store, job, f"removed-{task.bucket:05d}", table, receipt)
-    return len(gone)
+    known = read_fragment(store, _path(job, f"own-{task.bucket:05d}"))
+    own, stands_for = (known.column(name).to_numpy() for name in ("row", "best"))  # what represents each row
+    own_similarity, goes = np.ones(len(own), np.float32), np.searchsorted(own, bucket.hashes[gone])
+    stands_for = stands_for.copy()
+    stands_for[goes], own_similarity[goes] = bucket.best[kept], similarity
+    links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0)
+    first = np.searchsorted(own, links.column("row").to_numpy())
+    rows = np.concatenate([own, links.column("neighbour").to_numpy()])
+    of = np.concatenate([np.arange(len(own)), first])
+    order = np.argsort(rows, kind="stable")
+    order = order[rows[order] != stands_for[of[order]]]
+    columns = [rows[order], stands_for[of[order]], own_similarity[of[order]]]
+    receipt = Receipt(f"removed-{task.bucket:05d}", len(order), len(order))
+    _write(store, job, f"removed-{task.bucket:05d}", pa.table(columns, schema=REMOVED_SCHEMA), receipt)
+    return len(order)
 
 
 def removed_rows(store: Store, job: RemovalJob) -> Iterator[pa.Table]:
     """What goes (REMOVED_SCHEMA), bucket by bucket."""
     for bucket in range(job.buckets):
-        yield read_fragment(store, _path(job, f"removed-{bucket:05d}")).replace_schema_metadata()
+        yield removed_of(store, job, bucket)
+
+
+def removed_of(store: Store, job: RemovalJob, bucket: int) -> pa.Table:
+    """What goes of a bucket (REMOVED_SCHEMA), by row hash."""
+    return read_fragment(store, _path(job, f"removed-{bucket:05d}")).replace_schema_metadata()
 
 
 class _Bucket:
@@ -195,6 +254,8 @@ class _Bucket:
         row, neighbour = (table.column(name).to_numpy() for name in ("row", "neighbour"))
         self.hashes = np.unique(np.concatenate([row, neighbour]))
         self._row, self._neighbour = (np.searchsorted(self.hashes, column) for column in (row, neighbour))
+        self.best = np.zeros(len(self.hashes), np.uint64)  # of the rows that are equal to a neighbour
+        self.best[self._neighbour] = table.column("best").to_numpy()
         self._earlier = table.column("earlier").to_numpy()
         similarity = table.column(SIMILARITY).to_numpy()[self._earlier]
         self.neighbours = Neighbours(self._row[self._earlier], self._neighbour[self._earlier], similarity)
@@ -222,51 +283,101 @@ class _Bucket:
         return pa.table({"bucket": to, "row": self.hashes[rows], "stays": self.states[rows] == STAYS})
 
 
-def _own_pairs(store: Store, task: BucketTask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every row of the bucket with each of its neighbours: uint64 (e,), uint64 (e,), float32 (e,)."""
-    job = task.job
-    rows, neighbours = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-    similarities = [np.empty(0, np.float32)]
-    for table in stored_pairs(store, job.files, job.similarity):
-        for one, other in ((LEFT, RIGHT), (RIGHT, LEFT)):
-            row = table.column(one).to_numpy()
-            own = bucket_of(row, job.buckets) == task.bucket
-            rows.append(row[own])
-            neighbours.append(table.column(other).to_numpy()[own])
-            similarities.append(table.column(SIMILARITY).to_numpy()[own])
-    return np.concatenate(rows), np.concatenate(neighbours), np.concatenate(similarities)
+class BucketRows:
+    """The rows of a bucket that are in pairs or the first of equal ones.
+
+    Attributes:
+        row, neighbour: uint64 (e,), every row with each of its neighbours; `similarity` float32 (e,).
+        own: uint64 (n,), the rows, ascending; `place` int64 (e,) is that of each pair's.
+        first, equal: int64 (m,) and uint64 (m,), a row by its place in `own` and another that is equal to it.
+    """
+
+    def __init__(self, store: Store, task: BucketTask) -> None:
+        job = task.job
+        pairs = read_ends(store, job.files, job.buckets, task.bucket, job.similarity)
+        links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0)
+        self.row, self.neighbour, self.similarity = (pairs.column(i).to_numpy() for i in (1, 2, 3))
+        first, self.equal = (links.column(i).to_numpy() for i in (1, 2))
+        self.own = np.unique(np.concatenate([self.row, first]))
+        self.first = np.searchsorted(self.own, first)
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        place: np.ndarray = np.searchsorted(self.own, self.row)
+        return place
+
+    def members(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows with those that are equal to them, ascending uint64 (k,), and the place int64 (k,) of the first of
+        their equals."""
+        number = np.arange(len(self.own))
+        hashes, of = np.concatenate([self.own, self.equal]), np.concatenate([number, self.first])
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], of[order]
 
 
-def _keys(store: Store, job: RemovalJob, own: np.ndarray, place: np.ndarray) -> pa.Array:
-    """What each of the rows `own` (n,) is preferred by; `place` is the row of each pair."""
+def _preferred(store: Store, task: BucketTask, rows: BucketRows) -> tuple[pa.Array, np.ndarray]:
+    """What each of the bucket's rows is preferred by, and which of its equals that is: uint64 (n,)."""
+    job, (hashes, of) = task.job, rows.members()
+    keys = pa.array(_degrees(store, task, rows)[of]) if job.keep is Keep.DENSEST else _keys(store, job, hashes)
+    if len(rows.equal) == 0:
+        return keys, hashes
+    rank = ranks(keys, hashes, descends(job))
+    best = np.lexsort((rank, of))
+    best = best[np.flatnonzero(np.diff(of[best], prepend=-1))]
+    return keys.take(pa.array(best)), hashes[best]
+
+
+def _weighted(job: RemovalJob) -> bool:
+    """Whether it matters of how many equal rows a neighbour is one."""
+    return job.keep is Keep.DENSEST and len(job.equal_files) > 0
+
+
+def _degrees(store: Store, task: BucketTask, rows: BucketRows) -> np.ndarray:
+    """The neighbours int64 (n,) of each of the bucket's rows, its equals among them."""
+    job, count = task.job, len(rows.own)
+    degrees = np.bincount(rows.place, minlength=count) + np.bincount(rows.first, minlength=count)
+    for bucket in range(job.buckets) if _weighted(job) else ():
+        messages = _messages(store, job, f"sizes-{bucket:05d}", task.bucket)
+        place = np.searchsorted(rows.own, messages.column("row").to_numpy())
+        degrees += np.bincount(place, messages.column("more").to_numpy(), count).astype(np.int64)
+    return degrees
+
+
+def _keys(store: Store, job: RemovalJob, rows: np.ndarray) -> pa.Array:
+    """What each of some rows, ascending uint64 (n,), is preferred by, where that is a fact of the row."""
     match job.keep:
         case Keep.RANDOM:
-            return pa.array(random_keys(own, job.seed))
-        case Keep.DENSEST:
-            return pa.array(np.bincount(place, minlength=len(own)))
+            return pa.array(random_keys(rows, job.seed))
         case Keep.LONGEST:
-            return _column(store, job, own, ["tokens"])
+            return passage_column(store, job, rows, ["tokens"])
         case Keep.FIRST:
-            return _column(store, job, own, ["source", "position", "ordinal"])
+            return passage_column(store, job, rows, ["source", "position", "ordinal"])
         case Keep.COLUMN:
-            return _column(store, job, own, [job.column])
+            return passage_column(store, job, rows, [job.column])
+        case Keep.DENSEST:
+            raise ValueError(f"keep ({job.keep}) must be a fact of single rows here; count neighbours")
+        case _:
+            assert_never(job.keep)
 
 
-def _descends(job: RemovalJob) -> bool:
+def _standing(store: Store, job: RemovalJob, own: np.ndarray) -> np.ndarray:
+    """Which of the rows `own` (n,), ascending, stay by earlier decisions: bool (n,)."""
+    stands = np.zeros(len(own), bool)
+    if job.standing is not None:
+        for fragment in job.fragments:
+            stands |= np.isin(own, decisions_on(store, job.standing, fragment)[0].column("row_hash").to_numpy())
+    return stands
+
+
+def descends(job: RemovalJob) -> bool:
     return job.descending if job.keep is Keep.COLUMN else job.keep in (Keep.LONGEST, Keep.DENSEST)
 
 
-def _column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) -> pa.Array:
+def passage_column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) -> pa.Array:
     """A column of the passages of the rows `own`, in their order; of several columns a text that sorts as they do."""
     tables = []
     for fragment in job.passages:
-        path = fragment_path(PASSAGES, job.passages_fingerprint, fragment)
-        excluding = fragment in job.exclusions
-        known = dict.fromkeys([*(PLACE_COLUMNS if excluding else ()), *names])
-        table = read_fragment(store, path, ["row_hash", *known]).replace_schema_metadata()
-        if excluding:
-            table = kept_rows(store, table, job.selection_fingerprint, fragment)
-        table = table.select(["row_hash", *names])
+        table = staying_passages(store, job, fragment, ["row_hash", *names])
         tables.append(table.filter(pa.array(np.isin(table.column("row_hash").to_numpy(), own))))
     found = pa.concat_tables(tables)
     hashes = found.column("row_hash").to_numpy()
@@ -277,10 +388,21 @@ def _column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) ->
             "row once; name all passages fragments of the embeddings, and none else"
         )
     columns = [found.column(name).take(pa.array(order)).combine_chunks() for name in names]
-    return columns[0] if len(columns) == 1 else _sortable(columns)
+    return columns[0] if len(columns) == 1 else sortable(columns)
 
 
-def _sortable(columns: list[pa.Array]) -> pa.Array:
+def staying_passages(store: Store, job: RemovalJob, fragment: str, names: list[str]) -> pa.Table:
+    """Columns of the passages of a fragment that a selection does not exclude."""
+    path = fragment_path(job.stage, job.passages_fingerprint, fragment)
+    excluding = fragment in job.exclusions
+    read = list(dict.fromkeys([*(PLACE_COLUMNS if excluding else ()), *names]))
+    table = read_fragment(store, path, read).replace_schema_metadata()
+    if excluding:
+        table = kept_rows(store, table, job.selection_fingerprint, fragment)
+    return table.select(names)
+
+
+def sortable(columns: list[pa.Array]) -> pa.Array:
     """Texts that sort as a text and then some whole numbers do."""
     numbers = [pc.utf8_lpad(pc.cast(column, pa.string()), POSITION_DIGITS, "0") for column in columns[1:]]
     return pc.binary_join_element_wise(columns[0], *numbers, "\0")

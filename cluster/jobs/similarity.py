@@ -8,6 +8,7 @@ down to a floor, from which every higher threshold is a filter.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +26,14 @@ from penstock.cluster.fragments import (
 )
 from penstock.cluster.jobs.clustering import read_centroids
 from penstock.cluster.jobs.sampling import sample_vectors
+from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import EMBEDDINGS, PAIRS, REPLICAS, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.cell_sharing import share_cells
 from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth, similarity_histogram
+from penstock.operators.equal_rows import first_equal
 from penstock.operators.replication import Copies, copies_of
 from penstock.operators.sharding import hash_range
 from penstock.operators.similar_pairs import Join, Pairs, cell_pairs, graph_pairs, similar_pairs, unit_rows
@@ -39,8 +42,8 @@ MOST_COPIES = 4.0  # rows stored for each row, beyond which an exact join costs 
 GRAPH_COPIES = 2  # parts beside its own in which the graph join looks for neighbours of a row
 # Bytes of a row in a join for each of its components: float32, short rows, and the stored form while it is read.
 JOIN_BYTES_PER_COMPONENT = 16
-# 20 bytes each, three times while they are sorted and written.
-PAIRS_PER_FILE = 4_000_000
+# 20 bytes each, three times while they are sorted and written, and 150 where they are dealt out to their rows.
+PAIRS_PER_FILE = 2_000_000
 PREDICTED_ROWS = 8_192
 SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
 LEFT, RIGHT, SIMILARITY = "left", "right", "similarity"
@@ -54,9 +57,9 @@ class JoinJob:
     Attributes:
         part_of_cell: the part 0..parts - 1 of each cell of the centroids.
         floor: the least similarity of the pairs that are stored.
-        standing: those of the fragments whose rows were joined with each other before: only pairs with a row of another
-            fragment are looked for.
-        gone: files of an earlier removal: what they name does not take part any more.
+        standing: fingerprint of the decisions that were carried over: rows that are gone by them take no part, and only
+            pairs with a row that is open are looked for.
+        gpus: that the join of a part takes, which then multiplies there; the pairs are the same.
     """
 
     root: str
@@ -67,12 +70,17 @@ class JoinJob:
     part_of_cell: tuple[int, ...]
     join: Join
     floor: float
-    standing: tuple[str, ...] = ()
-    gone: tuple[str, ...] = ()
+    standing: str | None = None
+    gpus: float = 0.0
 
     @property
     def parts(self) -> int:
         return max(self.part_of_cell) + 1
+
+    @property
+    def needs_cells(self) -> bool:
+        """Whether cells matter: in one part all rows are compared, whatever their cell, but by the join of cells."""
+        return self.parts > 1 or self.join is Join.CLUSTER
 
 
 @dataclass(frozen=True)
@@ -135,13 +143,26 @@ class HistogramTask:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A joined part: its rows, the copies of rows of other parts, and the files of the pairs found."""
+    """A joined part.
+
+    Of rows with equal vectors the first by hash alone is in pairs. `equal` others are linked to it by pairs (first as
+    left, other as right) in `equal_files`, unless they stood before: each has all pairs of the first.
+
+    Attributes:
+        rows: at home in it, of which so many are `open`: new to the join; `copies` are of rows of other parts.
+        comparisons: pairs of rows among which those that are similar were looked for.
+        pairs: what was found, in `files`.
+    """
 
     part: int
     rows: int
+    open: int
     copies: int
+    comparisons: int
     pairs: int
     files: tuple[str, ...]
+    equal: int = 0
+    equal_files: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
@@ -149,7 +170,7 @@ class PartRecord:
     @staticmethod
     def from_json(data: bytes) -> "PartRecord":
         fields = json.loads(data)
-        return PartRecord(**{**fields, "files": tuple(fields["files"])})
+        return PartRecord(**{**fields, **{name: tuple(fields[name]) for name in ("files", "equal_files")}})
 
 
 def parts_for(rows: int, dimension: int, memory_bytes: int, factor: float = 1.0) -> int:
@@ -206,7 +227,7 @@ def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], N
     for _ in session.stream(replicate, todo if missing else []):
         pass
     found = list(done)
-    for record in session.stream(join_part, missing):
+    for record in session.stream(join_part, missing, gpus=job.gpus):
         found.append(record)
         if on_part:
             on_part(record)
@@ -214,8 +235,8 @@ def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], N
 
 
 def replicate(task: ReplicaTask) -> Receipt:
-    """Write the rows of a fragment and their copies sorted by part and row hash: part, native, cell, row_hash and
-    embedding as it is stored. Memory: the fragment in float32, and its copies.
+    """Write the rows of a fragment and their copies sorted by part and row hash: part, native, standing, cell, row_hash
+    and embedding as it is stored. Memory: the fragment in float32, and its copies.
 
     Raises:
         ValueError: a vector that is zero or not finite, naming fragment and row.
@@ -223,7 +244,7 @@ def replicate(task: ReplicaTask) -> Receipt:
     job, store = task.job, connect(task.job.root)
     path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
     fragment = read_fragment(store, path, ["row_hash", "embedding"])
-    table = _without_gone(store, job, fragment)
+    table, standing = _taking_part(store, job, task.fragment, fragment)
     stored = vectors_of(table.column("embedding"))
     try:
         vectors = unit_rows(stored)
@@ -238,12 +259,13 @@ def replicate(task: ReplicaTask) -> Receipt:
         {
             "part": pa.array(part[order], pa.int32()),
             "native": pa.array(order < len(stored)),
+            "standing": pa.array(standing[row[order]]),
             "cell": pa.array(copies.cell[row[order]], pa.int32()),
             "row_hash": pa.array(hashes[row[order]], pa.uint64()),
             "embedding": vector_column(stored[row[order]]),
         }
     )
-    dropped = {"duplicate": fragment.num_rows - len(stored)} if job.gone else {}
+    dropped = {"duplicate": fragment.num_rows - len(stored)} if job.standing else {}
     receipt = Receipt(task.fragment, fragment.num_rows, len(stored), dropped)
     write_fragment(store, fragment_path(REPLICAS, job.fingerprint, task.fragment), replicas, receipt)
     return receipt
@@ -256,6 +278,12 @@ def join_part(task: PartTask) -> PartRecord:
     """
     job, store = task.job, connect(task.job.root)
     rows = _read_part(store, job, task.part)
+    natives, copies = int(rows.native.sum()), int(np.count_nonzero(~rows.native))
+    open_ = int(np.count_nonzero(rows.native & ~rows.standing))
+    rows, equal = _distinct(rows)
+    equal_files = [f"{stage_folder(PAIRS, job.fingerprint)}/equal-{task.part:05d}.parquet"] if equal.num_rows else []
+    for path in equal_files:
+        write_fragment(store, path, equal)
     files: list[str] = []
     count = 0
     for pairs in _gathered(_joined(job, rows), PAIRS_PER_FILE):
@@ -263,8 +291,10 @@ def join_part(task: PartTask) -> PartRecord:
         write_fragment(store, path, _pair_table(pairs, rows.hashes))
         files.append(path)
         count += len(pairs)
-    natives = int(rows.native.sum())
-    record = PartRecord(task.part, natives, len(rows.native) - natives, count, tuple(files))
+    comparisons = _comparisons(job, rows)
+    record = PartRecord(
+        task.part, natives, open_, copies, comparisons, count, tuple(files), equal.num_rows, tuple(equal_files)
+    )
     store.write(_record_path(job, task.part), record.to_json())
     return record
 
@@ -288,21 +318,23 @@ def stored_pairs(store: Store, files: Iterable[str], similarity: float) -> Itera
 def measured_recall(
     session: Session, job: JoinJob, records: Sequence[PartRecord], share: float, seed: int
 ) -> PairRecall:
-    """The share of all pairs of sampled rows with any row that the join found: every row of a seeded `share` of the
-    hash space is compared with all rows."""
+    """The share of all pairs of sampled rows with any row that the join found: every open row of a seeded `share` of
+    the hash space is compared with all rows that take part."""
     sample = session.run(sampled_rows, SampleTask(job, share, seed))
     tasks = [RecallTask(job, fragment, *sample) for fragment in job.fragments]
     truth = [part for part in session.stream(true_pairs, tasks) if len(part)]
     if not truth:
         return pair_recall(np.empty(0, np.int64), np.empty(0, bool))
     wanted = np.unique(np.concatenate(truth), axis=0)
-    found = np.zeros(len(wanted), bool)
     store = connect(job.root)
+    sampled = wanted[:, 0]
+    wanted = _firsts(store, [path for record in records for path in record.equal_files], wanted)
+    found = wanted[:, 0] == wanted[:, 1]
     for table in stored_pairs(store, [path for record in records for path in record.files], job.floor):
         left, right = (table.column(name).to_numpy() for name in (LEFT, RIGHT))
         for ends in ((left, right), (right, left)):
             found |= _contained(wanted, np.stack(ends, axis=1))
-    return pair_recall(wanted[:, 0], found)
+    return pair_recall(sampled, found)
 
 
 def true_pairs(task: RecallTask) -> np.ndarray:
@@ -310,7 +342,7 @@ def true_pairs(task: RecallTask) -> np.ndarray:
     job, store = task.job, connect(task.job.root)
     sample_hashes, sample = task.hashes, task.vectors
     path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
-    table = read_fragment(store, path, ["row_hash", "embedding"])
+    table, _ = _taking_part(store, job, task.fragment, read_fragment(store, path, ["row_hash", "embedding"]))
     if len(sample) == 0 or table.num_rows == 0:
         return np.empty((0, 2), np.uint64)
     pairs = sample_truth(sample, unit_rows(vectors_of(table.column("embedding"))), job.floor)
@@ -336,12 +368,13 @@ class _PartRows:
         return _PartRows(*(array[chosen] for array in arrays))
 
 
-def _without_gone(store: Store, job: JoinJob, table: pa.Table) -> pa.Table:
-    stays = np.ones(table.num_rows, bool)
-    hashes = table.column("row_hash").to_numpy()
-    for path in job.gone:
-        stays &= ~np.isin(hashes, read_fragment(store, path, ["removed"]).column("removed").to_numpy())
-    return table.filter(pa.array(stays))
+def _taking_part(store: Store, job: JoinJob, fragment: str, table: pa.Table) -> tuple[pa.Table, np.ndarray]:
+    """The rows of a fragment (with row_hash) that are not gone, and which of them stand, bool (n,)."""
+    if job.standing is None:
+        return table, np.zeros(table.num_rows, bool)
+    standing, gone = (decided.column("row_hash").to_numpy() for decided in decisions_on(store, job.standing, fragment))
+    left = table.filter(pa.array(~np.isin(table.column("row_hash").to_numpy(), gone)))
+    return left, np.isin(left.column("row_hash").to_numpy(), standing)
 
 
 def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -354,6 +387,9 @@ def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copies:
+    if not job.needs_cells:
+        nothing = np.empty(0, np.int64)
+        return Copies(np.zeros(len(vectors), np.int64), np.zeros(len(vectors), np.int64), nothing, nothing)
     centroids, parts = read_centroids(store, job.centroids_fingerprint), np.array(job.part_of_cell)
     match join:
         case Join.EXACT:
@@ -365,35 +401,80 @@ def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copi
 
 
 def _read_part(store: Store, job: JoinJob, part: int) -> _PartRows:
-    tables, standing = [], []
-    for fragment in job.fragments:
-        table = read_rows_with(store, fragment_path(REPLICAS, job.fingerprint, fragment), "part", part)
-        tables.append(table)
-        standing.append(np.full(table.num_rows, fragment in job.standing))
-    rows = pa.concat_tables(tables)
+    paths = [fragment_path(REPLICAS, job.fingerprint, fragment) for fragment in job.fragments]
+    rows = pa.concat_tables([read_rows_with(store, path, "part", part) for path in paths])
     hashes = rows.column("row_hash").to_numpy()
     order = np.argsort(hashes, kind="stable")
     return _PartRows(
         hashes[order],
         unit_rows(vectors_of(rows.column("embedding"))[order]),
         rows.column("native").to_numpy()[order],
-        np.concatenate(standing)[order],
+        rows.column("standing").to_numpy()[order],
         rows.column("cell").to_numpy()[order],
     )
 
 
+def _distinct(rows: _PartRows) -> tuple[_PartRows, pa.Table]:
+    """The rows of which no earlier one has the same vector, and those that stood before; and links (PAIR_SCHEMA) from
+    the others that are at home here to the first of their equals."""
+    number = np.flatnonzero(~rows.standing)
+    vectors = rows.vectors if len(number) == len(rows.hashes) else rows.vectors[number]
+    first = np.arange(len(rows.hashes))
+    first[number] = number[first_equal(vectors)]
+    alone = first == np.arange(len(first))
+    others = np.flatnonzero(~alone & rows.native)
+    links = Pairs(first[others], others, np.ones(len(others), np.float32))
+    return rows if alone.all() else rows.of(alone), _pair_table(links, rows.hashes)
+
+
+def _firsts(store: Store, files: Iterable[str], hashes: np.ndarray) -> np.ndarray:
+    """Row hashes uint64 of any shape, each as that of the first of its equals."""
+    result = hashes.copy()
+    for table in stored_pairs(store, files, 0.0):
+        first, row = (table.column(name).to_numpy() for name in (LEFT, RIGHT))
+        order = np.argsort(row)
+        place = np.minimum(np.searchsorted(row[order], hashes), len(row) - 1)
+        linked = row[order][place] == hashes if len(row) else np.zeros(hashes.shape, bool)
+        result[linked] = first[order][place[linked]]
+    return result
+
+
 def _joined(job: JoinJob, rows: _PartRows) -> Iterator[Pairs]:
     """The pairs of a part by number of `rows`: of rows at home with each other, and with copies."""
+    device = "cuda" if job.gpus else "cpu"
     if job.join is Join.CLUSTER:
-        for pairs in cell_pairs(rows.vectors, rows.cell, job.floor):
-            yield pairs.where(~(rows.standing[pairs.left] & rows.standing[pairs.right]))
+        touched = _touched(rows)
+        for pairs in cell_pairs(rows.vectors[touched], rows.cell[touched], job.floor, device):
+            known = rows.standing[touched[pairs.left]] & rows.standing[touched[pairs.right]]
+            yield Pairs(touched[pairs.left], touched[pairs.right], pairs.similarity).where(~known)
         return
-    join = similar_pairs if job.join is Join.EXACT else graph_pairs
+    join = partial(similar_pairs, device=device) if job.join is Join.EXACT else graph_pairs
+    for base, others in _sides(rows):
+        for pairs in _against(join, rows, base, others, job.floor):
+            yield pairs.where(rows.native[pairs.left] | rows.native[pairs.right])
+
+
+def _sides(rows: _PartRows) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows and those to compare them with, which are compared with one another as well: open rows that are at home with
+    all, and copies of open rows with what stands at home."""
     new = rows.native & ~rows.standing
-    yield from _against(join, rows, np.flatnonzero(~new), np.flatnonzero(new), job.floor)
-    at_home, arrived = np.flatnonzero(rows.native & rows.standing), np.flatnonzero(~rows.native & ~rows.standing)
-    for pairs in _against(join, rows, at_home, arrived, job.floor):
-        yield pairs.where(rows.native[pairs.left] | rows.native[pairs.right])
+    at_home, arrived = rows.native & rows.standing, ~rows.native & ~rows.standing
+    sides = [(~new, new), (at_home, arrived)] if at_home.any() else [(~new, new)]
+    return [(np.flatnonzero(base), np.flatnonzero(others)) for base, others in sides]
+
+
+def _touched(rows: _PartRows) -> np.ndarray:
+    """Numbers of the rows in cells that have an open row."""
+    return np.flatnonzero(np.isin(rows.cell, rows.cell[~rows.standing]))
+
+
+def _comparisons(job: JoinJob, rows: _PartRows) -> int:
+    """Pairs of rows among which the join of a part looks."""
+    if job.join is Join.CLUSTER:
+        in_cell = np.unique(rows.cell[_touched(rows)], return_counts=True)[1].astype(np.int64)
+        return int((in_cell * (in_cell - 1) // 2).sum())
+    sizes = [(len(base), len(others)) for base, others in _sides(rows)]
+    return sum(others * base + others * (others - 1) // 2 for base, others in sizes)
 
 
 def _gathered(parts: Iterable[Pairs], most: int) -> Iterator[Pairs]:
@@ -436,13 +517,15 @@ def _record_path(job: JoinJob, part: int) -> str:
 
 
 def sampled_rows(task: SampleTask) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes uint64 (s,) and unit vectors float32 (s, d) of the sampled rows of all fragments."""
+    """Hashes uint64 (s,) and unit vectors float32 (s, d) of the sampled rows of all fragments that are open."""
     job, store = task.job, connect(task.job.root)
     hashes, vectors = [np.empty(0, np.uint64)], []
     for fragment in job.fragments:
         path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment)
         for first, last in hash_range(task.share, task.seed):
             table = read_hash_range(store, path, first, last, ["embedding"])
+            table, standing = _taking_part(store, job, fragment, table)
+            table = table.filter(pa.array(~standing))
             hashes.append(table.column("row_hash").to_numpy())
             vectors.append(vectors_of(table.column("embedding")))
     return np.concatenate(hashes), unit_rows(np.concatenate(vectors))

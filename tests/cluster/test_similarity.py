@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.sparse.csgraph import connected_components
 
 from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, vector_column, write_fragment
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
+from penstock.cluster.jobs.groups import are_grouped, group_rows, groups_of
+from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
 from penstock.cluster.jobs.removal import (
     BucketTask,
     RemovalJob,
@@ -36,19 +38,21 @@ from penstock.cluster.jobs.similarity import (
     replicate,
     stored_pairs,
 )
+from penstock.cluster.jobs.standing import STANDING_SCHEMA
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
 from penstock.operators.clustering import ClusteringSpec
+from penstock.operators.duplicate_measures import PairRecall
 from penstock.operators.independent_set import Keep, independent_set, neighbours_of, random_keys, ranks
 from penstock.operators.similar_pairs import Join, Pairs, similar_pairs, unit_rows
+
+from .in_process import InProcess, R, T
 
 DIMENSION, CELLS, FLOOR = 16, 9, 0.85
 FRAGMENT_ROWS = (500, 0, 350, 1)
 FRAGMENTS = tuple(f"{number:032x}" for number in range(len(FRAGMENT_ROWS)))
 ROWS = sum(FRAGMENT_ROWS)
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def _corpus() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,20 +100,7 @@ def session() -> Iterator[Session]:
         yield made
 
 
-class _InProcess(Session):
-    """Runs tasks here, one after the other: what tasks do does not depend on where."""
-
-    def start(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def stream(
-        self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1, gpus: float = 0
-    ) -> Iterator[R]:
-        yield from map(function, tasks)
-
-
-def _job(root: Path, name: str, parts: int = 3, join: Join = Join.EXACT, standing: tuple[str, ...] = ()) -> JoinJob:
+def _job(root: Path, name: str, parts: int = 3, join: Join = Join.EXACT, standing: str | None = None) -> JoinJob:
     cells = tuple(cell % parts for cell in range(CELLS))
     return JoinJob(str(root), name, "e", "c", FRAGMENTS, cells, join, FLOOR, standing)
 
@@ -135,7 +126,7 @@ def test_exact_pairs_are_the_same_for_any_parts(root: Path) -> None:
     store, expected = LocalStore(root), _expected()
     for parts in (1, 2, 9):
         job = _job(root, f"x{parts}", parts)
-        records = find_pairs(_InProcess(), job)
+        records = find_pairs(InProcess(), job)
         assert _by_hash(store, job) == expected
         assert sum(record.rows for record in records) == ROWS
         assert sum(record.pairs for record in records) == len(expected)
@@ -155,42 +146,82 @@ def test_a_cluster_runs_the_join_and_does_nothing_twice(root: Path, session: Ses
 
 def test_a_damaged_part_is_found_again_from_its_task(root: Path) -> None:
     job, store = _job(root, "again"), LocalStore(root)
-    records = find_pairs(_InProcess(), job)
+    records = find_pairs(InProcess(), job)
     before = {path: store.read(path) for record in records for path in record.files}
     assert [join_part(PartTask(job, record.part)) for record in records] == records
     assert {path: store.read(path) for path in before} == before
+
+
+class _Asked(InProcess):
+    """Notes the GPUs that tasks take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpus: dict[str, float] = {}
+
+    def stream(
+        self, function: Callable[[T], R], tasks: Iterable[T], *, cpus: float = 1, gpus: float = 0
+    ) -> Iterator[R]:
+        self.gpus[function.__name__] = gpus
+        return super().stream(function, [], cpus=cpus, gpus=gpus)
+
+
+def test_joins_take_the_gpus_of_their_job(root: Path) -> None:
+    session = _Asked()
+    find_pairs(session, replace(_job(root, "gpu"), gpus=0.5))
+    assert session.gpus == {"replicate": 0, "join_part": 0.5}
 
 
 def test_cluster_and_graph_find_true_pairs_and_their_recall_is_measured(root: Path) -> None:
     store, expected = LocalStore(root), _expected()
     for join in (Join.CLUSTER, Join.GRAPH):
         job = _job(root, join.value, 3, join)
-        records = find_pairs(_InProcess(), job)
+        records = find_pairs(InProcess(), job)
         found = _by_hash(store, job)
         assert found.items() <= expected.items()
-        measured = measured_recall(_InProcess(), job, records, 1.0, 1)
+        measured = measured_recall(InProcess(), job, records, 1.0, 1)
         assert measured.recall == len(found) / len(expected) and measured.pairs == 2 * len(expected)
         assert measured.at_least <= measured.recall
         assert sum(record.copies for record in records) == 0 or join is Join.GRAPH
     exact = _job(root, "x1", 1)
-    measured = measured_recall(_InProcess(), exact, find_pairs(_InProcess(), exact), 0.3, 5)
+    measured = measured_recall(InProcess(), exact, find_pairs(InProcess(), exact), 0.3, 5)
     assert measured.recall == 1 and 0.9 < measured.at_least < 1
 
 
-def test_rows_that_stand_are_joined_with_new_ones_only(root: Path) -> None:
+def _decided(root: Path, name: str, stands: set[int], gone: set[int]) -> None:
+    """Decisions that were carried over: rows that stand, and rows that are gone."""
     _, hashes, _ = _corpus()
-    old = set(hashes[: FRAGMENT_ROWS[0]].tolist())
+    start = 0
+    for fragment, rows in zip(FRAGMENTS, FRAGMENT_ROWS, strict=True):
+        own = [row for row in sorted(hashes[start : start + rows].tolist()) if row in stands | gone]
+        kept = [row if row in stands else 0 for row in own]
+        columns = [pa.array(own, pa.uint64()), pa.array(kept, pa.uint64()), pa.array([1.0] * len(own), pa.float32())]
+        table = pa.table(columns, schema=STANDING_SCHEMA)
+        write_fragment(LocalStore(root), fragment_path("standing", name, fragment), table)
+        start += rows
+
+
+def test_rows_that_stand_are_joined_with_open_ones_only(root: Path) -> None:
+    _, hashes, _ = _corpus()
+    old = set(hashes[:500].tolist()) | set(hashes[600:620].tolist())
     expected = {pair: near for pair, near in _expected().items() if not (pair[0] in old and pair[1] in old)}
-    for join in (Join.EXACT, Join.CLUSTER):
-        job = _job(root, f"standing-{join}", 3, join, standing=FRAGMENTS[:1])
-        find_pairs(_InProcess(), job)
+    _decided(root, "old", old, set())
+    for join, parts in ((Join.EXACT, 3), (Join.EXACT, 1), (Join.CLUSTER, 3)):
+        job = _job(root, f"standing-{join}-{parts}", parts, join, standing="old")
+        records = find_pairs(InProcess(), job)
         found = _by_hash(LocalStore(root), job)
         assert found == expected if join is Join.EXACT else found.items() < expected.items()
+        assert sum(record.open for record in records) == ROWS - len(old)
+        measured = measured_recall(InProcess(), job, records, 1.0, 1)
+        assert measured.recall == 1 if join is Join.EXACT else 0 < measured.recall < 1
+    new, (whole,) = ROWS - len(old), find_pairs(InProcess(), _job(root, "x1", 1))
+    (part,) = find_pairs(InProcess(), _job(root, "standing-exact-1", 1, standing="old"))
+    assert part.comparisons == new * len(old) + new * (new - 1) // 2 < whole.comparisons == ROWS * (ROWS - 1) // 2
 
 
 def test_the_factor_is_predicted_from_a_sample(root: Path) -> None:
     job = _job(root, "x9", 9)
-    records = find_pairs(_InProcess(), job)
+    records = find_pairs(InProcess(), job)
     stored = sum(record.rows + record.copies for record in records) / ROWS
     assert predicted_factor(job, ROWS, 1) == pytest.approx(stored, rel=0.01)
     assert affordable(Join.EXACT, 4.1) is Join.GRAPH and affordable(Join.EXACT, 4.0) is Join.EXACT
@@ -209,7 +240,7 @@ def test_a_vector_without_direction_names_its_fragment(tmp_path: Path) -> None:
 
 
 def _removal(root: Path, name: str, keep: Keep, buckets: int, similarity: float = 0.9) -> RemovalJob:
-    records = find_pairs(_InProcess(), _job(root, "x3"))
+    records = find_pairs(InProcess(), _job(root, "x3"))
     files = tuple(path for record in records for path in record.files)
     return RemovalJob(str(root), name, files, similarity, keep, buckets, "p", FRAGMENTS, "tokens", seed=4)
 
@@ -240,7 +271,7 @@ def test_removal_is_that_of_one_process_for_any_buckets(root: Path, keep: Keep) 
     results = []
     for buckets in (1, 5):
         job = _removal(root, f"{keep}-{buckets}", keep, buckets)
-        assert remove_duplicates(_InProcess(), job) == len(expected) > 30
+        assert remove_duplicates(InProcess(), job) == len(expected) > 30
         rows = [row for table in removed_rows(LocalStore(root), job) for row in table.to_pylist()]
         assert {row["removed"] for row in rows} == expected
         assert not {row["kept"] for row in rows} & expected
@@ -255,6 +286,8 @@ def test_removal_goes_on_where_it_stopped(root: Path, session: Session) -> None:
     done = _removal(root, "whole", Keep.LONGEST, 3)
     rows = remove_duplicates(session, done)
     job = _removal(root, "stopped", Keep.LONGEST, 3)
+    for path in job.files:
+        write_ends(EndsTask(job.root, path, 3))
     for bucket in range(3):
         send_keys(BucketTask(job, bucket))
     for bucket in range(3):
@@ -267,23 +300,52 @@ def test_removal_goes_on_where_it_stopped(root: Path, session: Session) -> None:
 
 
 def test_rows_that_are_gone_are_not_joined_again(root: Path) -> None:
-    removal = _removal(root, "earlier", Keep.RANDOM, 2)
-    remove_duplicates(_InProcess(), removal)
-    gone = {row for table in removed_rows(LocalStore(root), removal) for row in table.column("removed").to_pylist()}
-    files = tuple(fragment_path("removal", "earlier", f"removed-{bucket:05d}") for bucket in range(2))
-    job = replace(_job(root, "kept", standing=FRAGMENTS[:1]), gone=files)
-    find_pairs(_InProcess(), job)
     _, hashes, _ = _corpus()
-    old = set(hashes[: FRAGMENT_ROWS[0]].tolist())
+    old, gone = set(hashes[:480].tolist()), set(hashes[480:600].tolist())
+    _decided(root, "earlier", old, gone)
+    job = _job(root, "kept", standing="earlier")
+    records = find_pairs(InProcess(), job)
     expected = {pair for pair in _expected() if not gone & set(pair) and not old >= set(pair)}
     assert set(_by_hash(LocalStore(root), job)) == expected and expected
     receipt = read_receipt(LocalStore(root), fragment_path("replicas", "kept", FRAGMENTS[0]))
     assert receipt.rows_in == receipt.rows_out + receipt.dropped["duplicate"] > receipt.rows_out
+    assert measured_recall(InProcess(), job, records, 1.0, 1).recall == 1
+
+
+def test_where_nothing_is_open_there_is_no_recall_to_lose(root: Path) -> None:
+    _, hashes, _ = _corpus()
+    _decided(root, "all", set(hashes.tolist()), set())
+    job = _job(root, "all-stand", standing="all")
+    assert measured_recall(InProcess(), job, [], 1.0, 1) == PairRecall(1.0, 0.0, 0, 0, 0)
+    assert sum(record.comparisons + record.pairs for record in find_pairs(InProcess(), job)) == 0
+
+
+@pytest.mark.parametrize("keep", [Keep.LONGEST, Keep.DENSEST])
+def test_rows_that_stand_stay_whatever_the_order(root: Path, keep: Keep) -> None:
+    vectors, hashes, _ = _corpus()
+    unit = unit_rows(vectors).astype(np.float64)
+    similar = unit @ unit.T >= 0.9
+    stands: list[int] = []
+    for row in range(400):
+        if not similar[row, stands].any():
+            stands.append(row)
+    gone = set(range(400)) - set(stands)
+    _decided(root, f"stands-{keep}", set(hashes[stands].tolist()), set(hashes[sorted(gone)].tolist()))
+    join = _job(root, f"join-{keep}", standing=f"stands-{keep}")
+    files = tuple(path for record in find_pairs(InProcess(), join) for path in record.files)
+    base = _removal(root, f"decide-{keep}", keep, 3)
+    job = replace(base, files=files, standing=f"stands-{keep}", fragments=FRAGMENTS)
+    remove_duplicates(InProcess(), job)
+    removed = {row for table in removed_rows(LocalStore(root), job) for row in table.column("removed").to_pylist()}
+    assert removed and not removed & set(hashes[:400].tolist())
+    stays = [row for row in range(ROWS) if row not in gone and int(hashes[row]) not in removed]
+    assert similar[np.ix_(stays, stays)].sum() == len(stays)
+    assert all(similar[row, stays].any() for row in range(400, ROWS))
 
 
 def test_no_pairs_remove_nothing(root: Path) -> None:
     job = _removal(root, "none", Keep.FIRST, 2, similarity=1.0)
-    assert remove_duplicates(_InProcess(), job) == 0
+    assert remove_duplicates(InProcess(), job) == 0
     assert represent(BucketTask(job, 0, 1)) == 0
     assert buckets_for(0) == 1 and buckets_for(2_000_001) == 2
 
@@ -291,6 +353,8 @@ def test_no_pairs_remove_nothing(root: Path) -> None:
 def test_rows_that_the_passages_lack_are_counted(root: Path) -> None:
     job = _removal(root, "lacking", Keep.LONGEST, 1)
     job = replace(job, passages=FRAGMENTS[:1])
+    for path in job.files:
+        write_ends(EndsTask(job.root, path, 1))
     with pytest.raises(
         ValueError, match=r"passages \(\d+ of \d+ rows with pairs, \d+ in all\) must hold each row once"
     ):
@@ -304,3 +368,26 @@ def test_replicas_are_sorted_by_part_and_keep_what_is_stored(root: Path) -> None
     assert receipt.rows_out == FRAGMENT_ROWS[0] == table.column("native").to_numpy().sum() < table.num_rows
     assert (np.diff(table.column("part").to_numpy()) >= 0).all()
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), DIMENSION)
+
+
+def test_groups_are_the_components_of_pairs_and_of_links_before(root: Path) -> None:
+    vectors, hashes, _ = _corpus()
+    unit = unit_rows(vectors).astype(np.float64)
+    similar = unit @ unit.T >= 0.9
+    before = {3: 700, 4: 700, 5: 5}  # rows 3 and 4 went for 700, row 5 stays
+    old = {int(hashes[row]): int(hashes[kept]) for row, kept in before.items()}
+    _decided(root, "links", set(), set())
+    columns = [sorted(old), [old[row] for row in sorted(old)], [0.9] * len(old)]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, STANDING_SCHEMA, strict=True)]
+    table = pa.table(arrays, schema=STANDING_SCHEMA)
+    write_fragment(LocalStore(root), fragment_path("standing", "links", FRAGMENTS[0]), table)
+    similar[3, 700] = similar[4, 700] = similar[700, 3] = similar[700, 4] = True
+    count, labels = connected_components(similar, directed=False)
+    lowest = [int(hashes[labels == label].min()) for label in range(count)]
+    for buckets in (1, 4):
+        job = _removal(root, f"groups-{buckets}", Keep.FIRST, buckets)
+        job = replace(job, standing="links", fragments=FRAGMENTS)
+        assert not are_grouped(LocalStore(root), job)
+        pairs = sum(np.bincount(labels) > 1)
+        assert group_rows(job) == pairs and are_grouped(LocalStore(root), job)
+        assert groups_of(LocalStore(root), job, hashes).tolist() == [lowest[label] for label in labels]

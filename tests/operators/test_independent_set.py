@@ -10,17 +10,12 @@ from penstock.operators.independent_set import (
     GOES,
     STAYS,
     UNDECIDED,
-    Neighbours,
-    admitted,
     component_labels,
-    covered_documents,
-    independent_documents,
     independent_set,
     neighbours_of,
     random_keys,
     ranks,
     representatives,
-    revived,
     settle,
 )
 
@@ -154,57 +149,13 @@ def test_components_are_named_by_their_lowest_row(graph: tuple[Links, list[int]]
 
 
 @given(graphs, st.integers(0, 25))
-def test_new_rows_are_admitted_without_taking_decisions_back(graph: tuple[Links, list[int]], old: int) -> None:
+def test_rows_that_stand_come_first_and_stay(graph: tuple[Links, list[int]], old: int) -> None:
     links, order = graph[0], np.array(graph[1])
-    rows = len(order)
-    old = min(old, rows)
+    old = min(old, len(order))
     stood = one_by_one([pair for pair in links if max(pair) < old], order[:old])
-    rank = np.where(np.arange(rows) < old, order - rows, order)
-    standing = np.zeros(rows, bool)
-    standing[:old] = stood
-    relevant = [(a, b) for a, b in links if all(end >= old or stood[end] for end in (a, b))]
-    stays = admitted(neighbours_of(*arrays(relevant), rank), rank, standing | False)
-    gone = np.zeros(rows, bool)
-    gone[:old] = ~stood
-    assert np.array_equal(stays[:old] & stood, stood)
-    new = one_by_one(relevant, rank, set(np.flatnonzero(standing).tolist()))
-    assert np.array_equal(stays[old:], new[old:])
-    left, right, _ = arrays(links)
-    both = stays & ~gone
-    assert not (both[left] & both[right]).any()
-
-
-def test_deleting_a_row_revives_the_best_of_those_it_represented() -> None:
-    # 0 represented 1, 2 and 3; 2 and 3 are similar, 1 is similar to 4, which stays
-    rank = np.arange(5)
-    standing = np.array([False, False, False, False, True])
-
-    def similar(rows: np.ndarray) -> Neighbours:
-        assert rows.tolist() == [1, 2, 3]
-        return Neighbours(np.array([3, 1]), np.array([2, 4]), np.array([0.95, 0.95], np.float32))
-
-    assert revived(np.array([1, 2, 3]), similar, rank, standing).tolist() == [2]
-
-
-def test_a_document_goes_when_one_that_stays_covers_enough_of_it() -> None:
-    document = np.array([0, 0, 0, 0, 1, 1, 2, 2])
-    left, right = np.array([0, 1, 2, 4, 0]), np.array([4, 5, 6, 7, 5])
-    covered, covering, share = covered_documents(left, right, document, 0.5)
-    assert list(zip(covered.tolist(), covering.tolist(), share.tolist(), strict=True)) == [
-        (0, 1, 0.5),
-        (1, 0, 1.0),
-        (1, 2, 0.5),
-        (2, 0, 0.5),
-        (2, 1, 0.5),
-    ]
-    assert independent_documents(covered, covering, share, np.array([0, 1, 2]))[0].tolist() == [True, False, False]
-    covered, covering, share = covered_documents(left, right, document, 0.6)
-    assert independent_documents(covered, covering, share, np.array([0, 1, 2]))[0].tolist() == [True, False, True]
-    assert independent_documents(covered, covering, share, np.array([1, 0, 2]))[0].tolist() == [True, True, True]
-
-
-def test_several_similar_passages_of_one_document_count_once() -> None:
-    covered, covering, share = covered_documents(np.array([0, 0]), np.array([2, 3]), np.array([0, 0, 1, 1]), 0.5)
-    assert list(zip(covered.tolist(), covering.tolist(), share.tolist(), strict=True)) == [(0, 1, 0.5), (1, 0, 1.0)]
-    with pytest.raises(ValueError, match=r"share \(0\) must be above 0 and at most 1"):
-        covered_documents(np.array([0]), np.array([1]), np.array([0, 1]), 0)
+    standing = set(np.flatnonzero(stood).tolist())
+    relevant = [(a, b) for a, b in links if all(end >= old or end in standing for end in (a, b))]
+    rank = np.where([row in standing for row in range(len(order))], order, order + len(order))
+    stays = check(relevant, rank)
+    assert stays[sorted(standing)].all()
+    assert np.array_equal(stays[old:], one_by_one(relevant, rank, standing)[old:])

@@ -7,7 +7,6 @@ from penstock.operators.duplicate_measures import (
     pair_recall,
     sample_truth,
     similarity_histogram,
-    threshold_curve,
 )
 from penstock.operators.replication import copies_of, near_distance
 from penstock.operators.similar_pairs import Pairs, similar_pairs, unit_rows
@@ -110,18 +109,3 @@ def test_histogram_adds_up_over_parts() -> None:
     similarities = np.array([0.9, 0.91, 0.95, 0.999, 1.0], np.float32)
     counts, edges = similarity_histogram([similarities[:2], similarities[2:]], 0.9, 10)
     assert counts.sum() == 5 and counts[[0, -1]].tolist() == [1, 2] and edges[[0, -1]].tolist() == [0.9, 1.0]
-
-
-def test_curve_removes_what_a_join_at_each_threshold_would() -> None:
-    vectors = vectors_of(8)
-    pairs = Pairs.joined(list(similar_pairs(vectors, 0.85)))
-    rank, sizes = np.arange(ROWS), np.arange(ROWS)
-    curve = threshold_curve(pairs, rank, sizes, 2 * ROWS, [0.85, 0.9, 0.95, 1.0])
-    for point in curve:
-        near = np.triu((vectors @ vectors.T) >= np.float32(point.similarity), 1)
-        stays = np.ones(ROWS, bool)
-        for row in range(ROWS):
-            stays[row] = not (near[:row, row] & stays[:row]).any()
-        assert point.removed_rows == (~stays).sum() and point.saved_bytes == sizes[~stays].sum()
-        assert point.removed_share == point.removed_rows / (2 * ROWS)
-    assert curve[0].removed_rows > curve[2].removed_rows > curve[3].removed_rows == 0

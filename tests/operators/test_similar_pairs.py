@@ -69,6 +69,16 @@ def test_either_type_of_filter_loses_nothing_near_the_floor(monkeypatch: pytest.
     assert set(zip(left.tolist(), right.tolist(), strict=True)) != expected  # half precision flips decisions here
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("floor", [0.8, 0.95])
+def test_a_gpu_finds_the_same_pairs(floor: float) -> None:
+    vectors = clustered(20_000, 13)
+    cells = np.arange(len(vectors)) % 3
+    for join in (similar_pairs, lambda rows, least, device: cell_pairs(rows, cells, least, device)):
+        pairs = [Pairs.joined(list(join(vectors, floor, device=device))) for device in ("cpu", "cuda")]
+        assert as_set(pairs[0]) == as_set(pairs[1]) and np.array_equal(pairs[0].similarity, pairs[1].similarity)
+
+
 def test_roundings_of_the_filter_stay_within_its_margin() -> None:
     vectors = np.abs(clustered(400, 2, noise=0.1, dimension=512))  # all of one sign: roundings add up
     vectors = unit_rows(vectors)

@@ -214,6 +214,63 @@ def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_p
     assert isinstance(other.exception, PipelineFileInvalid) and "must be semantic" in str(other.exception)
 
 
+def answers(root: Path, stays: set[str], query: np.ndarray, k: int) -> list[str]:
+    """The k nearest of the passages that stay, most similar first."""
+    rows = encoded(root)
+    names = sorted(stays, key=lambda name: (-round(float(rows[name][0] @ query), 6), name))
+    return names[:k]
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_the_curve_says_what_thresholds_do_to_answers(workspace: Workspace, tmp_path: Path, judged: bool) -> None:
+    rows = encoded(workspace.root)
+    texts = {
+        row["id"]: row["text"] for row in map(json.loads, (workspace.corpus / "two.jsonl").read_text().split("\n")[:-1])
+    }
+    # Reworded texts so short that they are one passage: its vector is that of the query. The text as it was may go.
+    chosen = [name for name in sorted(texts) if name.startswith("e") and len(texts[name]) < 180][:12]
+    asked = {f"q{name}": texts[name] for name in chosen}
+    queries, relevance = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text("\n".join(json.dumps({"id": name, "text": text}) for name, text in asked.items()))
+    relevance.write_text("".join(f"q{name}\td{name[1:]}\t1\n" for name in chosen[:10]))
+    evaluate = {"queries": str(queries), "k": 3} | ({"relevance": str(relevance)} if judged else {})
+    drawn, page = tmp_path / "curve.svg", tmp_path / "pairs.html"
+    path = workspace.file(deduplicate=RULE, evaluate=evaluate)
+    done = CliRunner().invoke(app, ["dedup-curve", str(path), "--plot", str(drawn), "--page", str(page), "--json"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    quality, points = record["quality"], {point["similarity"]: point for point in record["points"]}
+    assert quality["k"] == 3 and quality["queries"] == (10 if judged else 12)
+    assert quality["relevant"] == ("judged" if judged else "nearest")
+    assert points[1.0]["recall_represented"] == quality["before"]["recall"] == 1.0
+    for similarity in (0.85, SIMILARITY):
+        stays = expected(workspace.root, similarity)
+        found, credited = [], []
+        for document in chosen[: quality["queries"]]:
+            vector = rows[f"{document}#0"][0]
+            truth = [f"d{document[1:]}#0"] if judged else answers(workspace.root, set(rows), vector, 3)
+            top = answers(workspace.root, stays, vector, 3)
+            for name in truth:
+                twins = [other for other in top if float(rows[name][0] @ rows[other][0]) >= similarity]
+                found.append(name in top)
+                credited.append(name in top or bool(twins))
+        assert points[similarity]["recall"] == pytest.approx(np.mean(found), abs=1e-6) and not all(found)
+        assert points[similarity]["recall"] < points[similarity]["recall_represented"] <= np.mean(credited) + 1e-6
+    assert ("ndcg" in points[SIMILARITY]) == judged
+    if judged:
+        gains = []
+        for document in chosen[:10]:
+            top = answers(workspace.root, set(rows), rows[f"{document}#0"][0], 15)
+            documents = list(dict.fromkeys(name.partition("#")[0] for name in top))[:3]
+            gains.append(1 / np.log2(documents.index(f"d{document[1:]}") + 2))
+        assert quality["before"]["ndcg"] == pytest.approx(np.mean(gains), abs=1e-6)
+        assert points[0.85]["ndcg"] < points[0.85]["ndcg_represented"] <= 1.0
+    assert drawn.read_text().count("<polyline") == (5 if judged else 3)
+    assert page.read_text().count("<tr") == len(record["examples"]) + 2 + len(points)
+    shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
+    assert "represented" in shown.stdout and f"{points[0.85]['recall']:.4f}" in shown.stdout
+
+
 def test_cleaning_up_leaves_what_other_thresholds_need(workspace: Workspace) -> None:
     for path in workspace.root.rglob("*"):
         if path.is_file():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from penstock.cluster.catalog import Catalog
@@ -76,10 +77,15 @@ def test_an_index_moves_to_another_model_step_by_step(
     encoded += sum(step["encoded"] for step in steps)
     assert encoded == old.manifest["rows"], "each passage is encoded once with the new model"
 
-    fresh = replace(workspace, settings=workspace.settings | {"embedding": deepcopy(NEW), "root": str(tmp_path / "fresh")})
+    settings = {"embedding": deepcopy(NEW), "root": str(tmp_path / "fresh")}
+    fresh = replace(workspace, settings=workspace.settings | settings)
     again = fresh.pipeline().run()
     assert again is not None and again.version == record["flip"]["version"]
-    assert published_vectors(workspace.root) == published_vectors(tmp_path / "fresh")
+    moved, made = published_vectors(workspace.root), published_vectors(tmp_path / "fresh")
+    assert moved.keys() == made.keys()
+    # Vectors of the sample were encoded in other batches: a few differ in the last place of float16.
+    np.testing.assert_allclose([moved[name] for name in made], list(made.values()), atol=2**-12)
+    assert sum(moved[name] == made[name] for name in made) >= 0.9 * len(made)
 
     with pytest.raises(NothingToUpgrade, match="same weights, prompts and dimension"):
         workspace.pipeline().upgrade()
@@ -92,4 +98,3 @@ def head(catalog: Catalog) -> str:
     entry = catalog.alias("live")
     assert entry is not None
     return entry.version
-

@@ -1,0 +1,313 @@
+"""Pairs of similar passages → pairs of documents of which one covers the other, and what documents go by them.
+
+Tasks take a bucket of row hashes first, then one of document hashes. A bucket of rows tells those of its neighbours to
+which documents its rows belong; then it knows for each of its rows which documents have a similar one, and tells the
+buckets of the rows' own documents. These add up shares, and tell the buckets of the covering documents, which know of
+both how they are preferred: a pair is a document and one that is preferred to it and covers it. What goes is then
+decided as for rows. The result is that of deciding document by document in the order of preference.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import pyarrow as pa
+
+from penstock.cluster.fragments import read_fragment, read_rows_with, write_fragment
+from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
+from penstock.cluster.jobs.removal import (
+    REMOVED_SCHEMA,
+    BucketRows,
+    BucketTask,
+    RemovalJob,
+    descends,
+    passage_column,
+    remove_duplicates,
+    removed_of,
+    sortable,
+    staying_passages,
+)
+from penstock.cluster.jobs.similarity import PAIR_SCHEMA, SIMILARITY
+from penstock.cluster.layout import DOCUMENT_PAIRS, fragment_path, stage_folder
+from penstock.cluster.node import connect
+from penstock.cluster.session import Session
+from penstock.cluster.storage import Store
+from penstock.operators.deduplication import bucket_of
+from penstock.operators.document_cover import document_shares
+from penstock.operators.independent_set import Keep, random_keys, ranks
+
+# A passage of a document that is similar to `twin`, a passage of another document.
+INCIDENCE_SCHEMA = pa.schema(
+    [
+        ("bucket", pa.int64()),
+        ("document", pa.uint64()),
+        ("row", pa.uint64()),
+        ("other", pa.uint64()),
+        ("twin", pa.uint64()),
+        (SIMILARITY, pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class DocumentJob:
+    """Decide on documents by pairs of their passages.
+
+    Attributes:
+        rows: the pairs of passages, where passages are, and the order of preference; its fingerprint is that of the
+            documents' removal.
+        share: of the passages of a document that must be similar to passages of one other, above 0 and at most 1.
+    """
+
+    fingerprint: str
+    rows: RemovalJob
+    share: float
+
+    @property
+    def root(self) -> str:
+        return self.rows.root
+
+    @property
+    def buckets(self) -> int:
+        return self.rows.buckets
+
+    @property
+    def removal(self) -> RemovalJob:
+        """The choice among documents."""
+        names = range(self.buckets)
+        return RemovalJob(
+            self.root,
+            self.rows.fingerprint,
+            tuple(_path(self, f"pairs-{bucket:05d}") for bucket in names),
+            0.0,
+            Keep.COLUMN,
+            self.buckets,
+            stage=DOCUMENT_PAIRS,
+            passages_fingerprint=self.fingerprint,
+            passages=tuple(f"documents-{bucket:05d}" for bucket in names),
+            column="key",
+            descending=descends(self.rows),
+        )
+
+
+@dataclass(frozen=True)
+class DocumentTask:
+    job: DocumentJob
+    bucket: int
+
+
+def remove_documents(session: Session, job: DocumentJob) -> int:
+    """Decides all documents, stores what goes, and links their passages to similar ones of the document that each goes
+    for; returns the number of documents that go. What is done is not done again."""
+    rows = job.rows
+    files = [(path, True) for path in rows.files] + [(path, False) for path in rows.equal_files]
+    for _ in session.stream(write_ends, [EndsTask(job.root, path, job.buckets, both) for path, both in files]):
+        pass
+    tasks = [DocumentTask(job, bucket) for bucket in range(job.buckets)]
+    for step in (send_documents, send_incidences, send_shares, pair_documents):
+        for _ in session.stream(step, tasks):
+            pass
+    removed = remove_duplicates(session, job.removal)
+    for _ in session.stream(link_passages, tasks):
+        pass
+    return removed
+
+
+def send_documents(task: DocumentTask) -> int:
+    """Tell the neighbours of the bucket's rows to which documents these belong; returns the number of these rows."""
+    job, store = task.job, connect(task.job.root)
+    if _is_done(store, job, f"rows-{task.bucket:05d}"):
+        return 0
+    rows = BucketRows(store, BucketTask(job.rows, task.bucket))
+    hashes, of = rows.members()
+    document = passage_column(store, job.rows, hashes, ["document_hash"]).to_numpy()
+    order = np.lexsort((hashes, document, of))
+    hashes, of, document = hashes[order], of[order], document[order]
+    members = pa.table({"first": rows.own[of], "row": hashes, "document": document})
+    once = np.ones(len(of), bool)  # of a document's equal rows the lowest is told
+    once[1:] = (of[1:] != of[:-1]) | (document[1:] != document[:-1])
+    pair, member = _matches(of[once], rows.place)
+    told = {
+        "bucket": bucket_of(rows.neighbour[pair], job.buckets),
+        "first": rows.neighbour[pair],
+        "other": document[once][member],
+        "twin": hashes[once][member],
+        SIMILARITY: rows.similarity[pair],
+    }
+    _write(store, job, f"told-{task.bucket:05d}", pa.table(told).sort_by("bucket"))
+    _write(store, job, f"rows-{task.bucket:05d}", members)
+    return len(hashes)
+
+
+def send_incidences(task: DocumentTask) -> int:
+    """Tell the documents of the bucket's rows which others have a similar row (INCIDENCE_SCHEMA); returns how many."""
+    job, store = task.job, connect(task.job.root)
+    name = f"incidences-{task.bucket:05d}"
+    if _is_done(store, job, name):
+        return 0
+    members = read_fragment(store, _path(job, f"rows-{task.bucket:05d}")).replace_schema_metadata()
+    equal = members.rename_columns(["first", "twin", "other"]).append_column(
+        SIMILARITY, pa.array(np.ones(members.num_rows, np.float32))
+    )
+    columns = ["first", "other", "twin", SIMILARITY]
+    told = [_of_bucket(store, job, "told", bucket, task.bucket).select(columns) for bucket in range(job.buckets)]
+    near = pa.concat_tables([equal.select(columns), *told]).sort_by("first")
+    row, place = _matches(near.column("first").to_numpy(), members.column("first").to_numpy())
+    document = members.column("document").to_numpy()[row]
+    other = near.column("other").to_numpy()[place]
+    apart = document != other
+    row, place, document = row[apart], place[apart], document[apart]
+    table = pa.table(
+        [
+            pa.array(bucket_of(document, job.buckets)),
+            pa.array(document),
+            pa.array(members.column("row").to_numpy()[row]),
+            pa.array(other[apart]),
+            pa.array(near.column("twin").to_numpy()[place]),
+            pa.array(near.column(SIMILARITY).to_numpy()[place]),
+        ],
+        schema=INCIDENCE_SCHEMA,
+    )
+    _write(store, job, name, table.sort_by("bucket"))
+    return len(table)
+
+
+def send_shares(task: DocumentTask) -> int:
+    """Store how the bucket's documents are preferred, and tell the documents that cover enough of one; returns the
+    number of documents."""
+    job, store = task.job, connect(task.job.root)
+    if _is_done(store, job, f"documents-{task.bucket:05d}"):
+        return 0
+    found = _incidences(store, job, task.bucket)
+    own, document = np.unique(found.column("document").to_numpy(), return_inverse=True)
+    facts = _Facts(store, job.rows, own)
+    row, other = (found.column(name).to_numpy() for name in ("row", "other"))
+    document, other, share = document_shares(document, other, row, facts.passages)
+    keys = facts.keys(job.rows, np.bincount(document, minlength=len(own)))
+    enough = share >= np.float32(job.share)
+    told = {
+        "bucket": bucket_of(other[enough], job.buckets),
+        "covering": other[enough],
+        "covered": own[document[enough]],
+        SIMILARITY: share[enough],
+        "key": keys.take(pa.array(document[enough])),
+    }
+    _write(store, job, f"shares-{task.bucket:05d}", pa.table(told).sort_by("bucket"))
+    _write(store, job, f"documents-{task.bucket:05d}", pa.table({"row_hash": own, "key": keys}))
+    return len(own)
+
+
+def pair_documents(task: DocumentTask) -> int:
+    """Store the pairs (PAIR_SCHEMA, with the share as similarity) of a document of the bucket and one that it covers
+    and is preferred to; returns their number."""
+    job, store = task.job, connect(task.job.root)
+    name = f"pairs-{task.bucket:05d}"
+    if _is_done(store, job, name):
+        return 0
+    told = pa.concat_tables([_of_bucket(store, job, "shares", b, task.bucket) for b in range(job.buckets)])
+    own = read_fragment(store, _path(job, f"documents-{task.bucket:05d}")).replace_schema_metadata()
+    known = pa.concat_tables([own, told.select(["covered", "key"]).rename_columns(["row_hash", "key"])])
+    hashes, first = np.unique(known.column("row_hash").to_numpy(), return_index=True)
+    rank = ranks(known.column("key").take(pa.array(first)), hashes, descends(job.rows))
+    covering, covered = (told.column(side).to_numpy() for side in ("covering", "covered"))
+    earlier = rank[np.searchsorted(hashes, covering)] < rank[np.searchsorted(hashes, covered)]
+    covering, covered = covering[earlier], covered[earlier]
+    ends = [np.minimum(covering, covered), np.maximum(covering, covered)]
+    table = pa.table([*ends, told.column(SIMILARITY).filter(pa.array(earlier))], schema=PAIR_SCHEMA)
+    _write(store, job, name, table.sort_by([(field, "ascending") for field in PAIR_SCHEMA.names[:2]]))
+    return len(table)
+
+
+def link_passages(task: DocumentTask) -> int:
+    """Store the passages of the bucket's documents that go which have similar ones in the document that each goes for,
+    with the most similar of these (REMOVED_SCHEMA, by removed row); returns their number."""
+    job, store = task.job, connect(task.job.root)
+    removed = removed_of(store, job.removal, task.bucket)
+    found = _incidences(store, job, task.bucket)
+    gone, kept = (removed.column(name).to_numpy() for name in ("removed", "kept"))
+    document, row, other, twin, similarity = (found.column(name).to_numpy() for name in INCIDENCE_SCHEMA.names[1:])
+    place, number = _matches(gone, document)
+    wanted = place[kept[number] == other[place]]
+    row, twin, similarity = row[wanted], twin[wanted], similarity[wanted]
+    order = np.lexsort((twin, -similarity, row))
+    first = order[np.unique(row[order], return_index=True)[1]]
+    table = pa.table([row[first], twin[first], similarity[first]], schema=REMOVED_SCHEMA)
+    _write(store, job, f"links-{task.bucket:05d}", table)
+    return len(first)
+
+
+def passage_links(store: Store, job: DocumentJob) -> Iterator[pa.Table]:
+    """What link_passages stored, bucket by bucket."""
+    for bucket in range(job.buckets):
+        yield read_fragment(store, _path(job, f"links-{bucket:05d}")).replace_schema_metadata()
+
+
+class _Facts:
+    """What passages tell of some documents, ascending uint64 (n,).
+
+    Attributes:
+        passages: int64 (n,), their number.
+    """
+
+    def __init__(self, store: Store, job: RemovalJob, own: np.ndarray) -> None:
+        columns = {Keep.LONGEST: ["tokens"], Keep.FIRST: ["source", "position"], Keep.COLUMN: [job.column]}
+        self._names, self._own = columns.get(job.keep, []), own
+        tables = []
+        for fragment in job.passages:
+            table = staying_passages(store, job, fragment, ["document_hash", *self._names])
+            tables.append(table.filter(pa.array(np.isin(table.column("document_hash").to_numpy(), own))))
+        self._found = pa.concat_tables(tables)
+        self._place = np.searchsorted(own, self._found.column("document_hash").to_numpy())
+        self.passages = np.bincount(self._place, minlength=len(own))
+
+    def keys(self, job: RemovalJob, near: np.ndarray) -> pa.Array:
+        """What each document is preferred by: tokens of its passages together, its place, how many documents are `near`
+        it, int64 (n,), a seeded hash, or a column, which all its passages have from it."""
+        match job.keep:
+            case Keep.LONGEST:
+                tokens = self._found.column("tokens").to_numpy()
+                return pa.array(np.bincount(self._place, tokens, len(self._own)).astype(np.int64))
+            case Keep.FIRST | Keep.COLUMN:
+                columns = [self._of_first_passage(name) for name in self._names]
+                return columns[0] if len(columns) == 1 else sortable(columns)
+            case Keep.DENSEST:
+                return pa.array(near)
+            case Keep.RANDOM:
+                return pa.array(random_keys(self._own, job.seed))
+            case _:
+                assert_never(job.keep)
+
+    def _of_first_passage(self, name: str) -> pa.Array:
+        first = np.unique(self._place, return_index=True)[1]
+        return self._found.column(name).take(pa.array(first)).combine_chunks()
+
+
+def _incidences(store: Store, job: DocumentJob, bucket: int) -> pa.Table:
+    return pa.concat_tables([_of_bucket(store, job, "incidences", sender, bucket) for sender in range(job.buckets)])
+
+
+def _matches(ascending: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All places int64 (m,), int64 (m,) of equal values: in `wanted` (w,) and among the ascending ones."""
+    start = np.searchsorted(ascending, wanted, side="left")
+    counts = np.searchsorted(ascending, wanted, side="right") - start
+    place = np.repeat(np.arange(len(wanted)), counts)
+    within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place, np.repeat(start, counts) + within
+
+
+def _of_bucket(store: Store, job: DocumentJob, kind: str, sender: int, bucket: int) -> pa.Table:
+    """What a task wrote for a bucket."""
+    return read_rows_with(store, _path(job, f"{kind}-{sender:05d}"), "bucket", bucket)
+
+
+def _write(store: Store, job: DocumentJob, name: str, table: pa.Table) -> None:
+    write_fragment(store, _path(job, name), table)
+
+
+def _is_done(store: Store, job: DocumentJob, name: str) -> bool:
+    return f"{name}.parquet" in store.names(stage_folder(DOCUMENT_PAIRS, job.fingerprint))
+
+
+def _path(job: DocumentJob, name: str) -> str:
+    return fragment_path(DOCUMENT_PAIRS, job.fingerprint, name)

@@ -1,0 +1,96 @@
+"""What deduplication by meaning decided before: the records that later decisions build upon."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.layout import EMBEDDINGS, KEPT, stage_folder
+from penstock.cluster.storage import Store
+from penstock.operators.identity import fingerprint
+
+RECORD = "kept.json"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which rows stay of the embeddings of a corpus.
+
+    Attributes:
+        kept: fingerprint of the stage.
+        record: what was found, and the rows that stay: written last.
+    """
+
+    kept: str
+    record: dict[str, Any]
+
+    @property
+    def earlier(self) -> str | None:
+        """The decision that this one built upon."""
+        earlier: str | None = self.record["earlier"]
+        return earlier
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Passages fragment → rows that stay."""
+        rows: dict[str, int] = self.record["fragments"]
+        return rows
+
+    @property
+    def encoded(self) -> dict[str, str]:
+        """Passages fragment → the embeddings fragment that was decided on."""
+        encoded: dict[str, str] = self.record["encoded"]
+        return encoded
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Embeddings fragment that was decided on → the fragment of what stays of it, and of the links of the rest."""
+        return {name: fragment_of(self.kept, name) for name in self.encoded.values()}
+
+
+def fragment_of(kept: str, embeddings: str) -> str:
+    """The fragment of what stays of an embeddings fragment."""
+    return fingerprint(stage=kept, embeddings=embeddings)
+
+
+def record_path(kept: str) -> str:
+    """What deduplication by meaning found, and the rows that stay of each fragment: written last."""
+    return f"{stage_folder(KEPT, kept)}/{RECORD}"
+
+
+def read_decision(store: Store, kept: str) -> Decision | None:
+    """A finished decision; None where it is not, or where some of it is gone."""
+    try:
+        found = Decision(kept, json.loads(store.read(record_path(kept))))
+    except FileNotFoundError:
+        return None
+    return found if _is_whole(store, found) else None
+
+
+def earlier_decisions(store: Store, index: str, rule: str) -> Iterator[Decision]:
+    """The decisions that versions of an index were made of, by a rule: those of the newest version first."""
+    catalog = Catalog(store, index)
+    for version in reversed(catalog.versions()):
+        kept = catalog.manifest(version)["lineage"]["stages"].get(KEPT)
+        if kept is not None and _rule_of(store, kept) == rule:
+            found = read_decision(store, kept)
+            if found is not None:
+                yield found
+
+
+def _rule_of(store: Store, kept: str) -> str | None:
+    try:
+        record = json.loads(store.read(record_path(kept)))
+    except FileNotFoundError:
+        return None
+    rule: str | None = record.get("rule")
+    return rule
+
+
+def _is_whole(store: Store, found: Decision) -> bool:
+    stays = {f"{found.links[name]}.parquet" for passages, name in found.encoded.items() if found.rows[passages]}
+    links = {f"{name}.parquet" for name in found.links.values()}
+    return stays <= store.names(stage_folder(EMBEDDINGS, found.kept)) and links <= store.names(
+        stage_folder(KEPT, found.kept)
+    )
