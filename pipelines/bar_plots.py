@@ -7,7 +7,7 @@ from typing import Any
 COLOURS = ("#1d4ed8", "#b45309", "#047857", "#6b7280")
 WIDTH, HEIGHT = 620, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 44, 46
-ROW_HEIGHT, NAMES_WIDTH = 28, 190
+ROW_HEIGHT, NAMES_WIDTH = 28, 270
 MOST_LABELS = 12
 STEPS = 4
 STYLE = "font-family: system-ui, sans-serif; font-size: 12px; fill: #111827"

@@ -157,13 +157,23 @@ def _bridges(bridges: Mapping[str, Any]) -> str:
             f"{_interval(verdict['recovery'])} of the reference, {_interval(verdict['over_control'])} more than an "
             "adapter fitted to shuffled pairs.</p>"
         )
-        rows = [[fit_words(fit), _interval(fit["quality"])] for fit in _best_first(one["record"]["candidates"])]
-        parts.append(_table(["fit", "quality on held-out queries"], rows))
+        chosen = one["record"]["chosen"]
+        rows = [
+            [fit_words(fit), _interval(fit["quality"]), "chosen" if same_fit(fit, chosen) else ""]
+            for fit in best_first(one["record"]["candidates"])
+        ]
+        parts.append(_table(["fit", "quality on held-out queries", ""], rows))
     return "\n".join(parts)
 
 
-def _best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The fits that were tried, in an adapter's record, by the quality of their answers."""
     return sorted(candidates, key=lambda one: -float(one["quality"]["estimate"]))
+
+
+def same_fit(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of one fit, whatever else they hold."""
+    return all(one[name] == other[name] for name in ("method", "query_weight"))
 
 
 def fit_words(fit: Mapping[str, Any]) -> str:

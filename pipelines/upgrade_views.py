@@ -9,7 +9,7 @@ from rich.text import Text
 
 from penstock.pipelines.backfilling import quality_text
 from penstock.pipelines.reporting import records_table
-from penstock.pipelines.upgrade_pages import DIRECTIONS, FIGURES, PAIRINGS, fit_words
+from penstock.pipelines.upgrade_pages import DIRECTIONS, FIGURES, PAIRINGS, best_first, fit_words, same_fit
 
 SHOWN_FITS = 8
 
@@ -127,20 +127,15 @@ def _pairings(record: Mapping[str, Any]) -> RenderableType:
 
 def _fits(direction: str, one: Mapping[str, Any]) -> RenderableType:
     record = one["record"]
-    best = sorted(record["candidates"], key=lambda fit: -float(fit["quality"]["estimate"]))[:SHOWN_FITS]
     rows = [
         {
             DIRECTIONS[direction]: fit_words(fit),
             "held-out quality": _interval(fit["quality"]),
-            "": "chosen" if _same(fit, record["chosen"]) else None,
+            "": "chosen" if same_fit(fit, record["chosen"]) else None,
         }
-        for fit in best
+        for fit in best_first(record["candidates"])[:SHOWN_FITS]
     ]
     return records_table(rows, [DIRECTIONS[direction], "held-out quality", ""])
-
-
-def _same(fit: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
-    return all(fit[name] == chosen[name] for name in ("method", "query_weight"))
 
 
 def _verdict(direction: str, one: Mapping[str, Any]) -> str:
