@@ -6,7 +6,8 @@
 FILE.npy holds real vectors, float32 (n, d); where it is not there, passages of docstrings of the installed packages
 are encoded and kept under that name. The last `--queries` rows are held out. Each index is built on one thread, and the
 least search width that reaches the recall is found for each; then all take turns, `--rounds` times, with all queries as
-one batch on one thread. Peers that are not installed are left out and named: hnswlib, usearch.
+one batch on one thread. Peers that are not installed (hnswlib, usearch, lancedb) are left
+out and named.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ import pyarrow as pa
 
 from penstock.operators.index_trials import WIDTH_STEP
 from penstock.operators.indexing import Metric, ShardBuilder, open_index, requires_training, train_index
+from penstock.operators.moments import moments_of
 from penstock.operators.searching import SearchParameters, ShardSearcher, VectorWriter, open_vectors
+from penstock.operators.transform_fitting import fit_chain
+from penstock.operators.transforms import Chain, Pca
 from penstock.operators.tuning import (
     SCREENING_SIZES,
     Budget,
@@ -45,6 +50,7 @@ from penstock.operators.tuning import (
     make_sample,
     measure,
     measure_grid,
+    screening_sample,
     search_grid,
 )
 
@@ -122,8 +128,9 @@ def tune(sample: Sample, budget: Budget, exhaustive: bool) -> tuple[Tuned, float
     queries = sample.queries[:TUNING_QUERIES]
     grid = candidates(dimension, sample.metric, rows, budget, TRAINING_ROWS, SCREENING_SIZES[0])
 
-    def trials(some: Sequence[Candidate], size: int) -> list[Trial]:
-        part = make_sample(sample.vectors[:size], queries, sample.metric, K)
+    def trials(some: Sequence[Candidate], size: int, screening: bool) -> list[Trial]:
+        make = screening_sample if screening else make_sample
+        part = make(sample.vectors[:size], queries, sample.metric, K)
         return [one for group in groups(some) for one in measure(part, group, budget, SEED, TRAINING_ROWS, rows)]
 
     search = measure_grid if exhaustive else search_grid
@@ -154,9 +161,11 @@ def ours(name: str, trial: Trial, vectors: np.ndarray, folder: Path) -> Contende
     place = folder / name.replace(" ", "-")
     place.mkdir()
     started = time.perf_counter()
-    builder = ShardBuilder(train_index(spec, vectors[:TRAINING_ROWS] if requires_training(spec) else vectors[:0]))
+    chain = fitted(trial.candidate, vectors)
+    indexed = chain.apply_documents(vectors) if chain else vectors
+    builder = ShardBuilder(train_index(spec, indexed[:TRAINING_ROWS] if requires_training(spec) else indexed[:0]))
     for first in range(0, rows, BUILD_ROWS):
-        builder.add(vectors[first : first + BUILD_ROWS])
+        builder.add(indexed[first : first + BUILD_ROWS])
     builder.write(place / "index.faiss")
     build_s = time.perf_counter() - started
     stored = None
@@ -165,14 +174,22 @@ def ours(name: str, trial: Trial, vectors: np.ndarray, folder: Path) -> Contende
             writer.add(vectors)
         stored = open_vectors(place / "vectors.arrow")
     ids = pa.array([str(row) for row in range(rows)])
-    searcher = ShardSearcher(open_index(place / "index.faiss", spec.family), ids, stored, Metric.COSINE, 0)
+    searcher = ShardSearcher(open_index(place / "index.faiss", spec.family), ids, stored, Metric.COSINE, 0, chain)
 
     def search(width: int) -> Search:
         return lambda queries: searcher.search(queries, K, wider(trial.parameters, width)).rows
 
-    size = (place / "index.faiss").stat().st_size / rows
-    label = f"planner, {name}: {spec.factory}{' + float16 re-ranking' if trial.candidate.rerank else ''}"
+    size = ((place / "index.faiss").stat().st_size + (len(chain.to_bytes()) if chain else 0)) / rows
+    label = f"planner, {name}: {trial.factory}{' + float16 re-ranking' if trial.candidate.rerank else ''}"
     return Contender(label, size, trial.rerank_bytes, build_s, search, widths=range(10), ours=True)
+
+
+def fitted(candidate: Candidate, vectors: np.ndarray) -> Chain | None:
+    """The principal components that a choice keeps, of all vectors as a run fits them; None where it keeps all."""
+    if candidate.reduced is None:
+        return None
+    moments = moments_of(vectors, vectors.mean(axis=0, dtype=np.float64))
+    return fit_chain([Pca(candidate.reduced)], vectors.shape[1], moments)
 
 
 def wider(chosen: SearchParameters, steps: int) -> SearchParameters:
@@ -188,7 +205,7 @@ def wider(chosen: SearchParameters, steps: int) -> SearchParameters:
 # ---- peers
 
 
-def by_hand(vectors: np.ndarray) -> Iterator[Contender]:
+def by_hand(vectors: np.ndarray, folder: Path) -> Iterator[Contender]:
     """faiss as its wiki says, and the other libraries as far as they are installed."""
     rows, dimension = vectors.shape
     for factory, parameter, size in (
@@ -199,7 +216,7 @@ def by_hand(vectors: np.ndarray) -> Iterator[Contender]:
     ):
         yield _faiss(factory, parameter, vectors, size)
     yield _faiss_refined(f"IVF1024,PQ{dimension // 4}x4fs", vectors, dimension // 8 + 8 + 4 * dimension)
-    for make in (_hnswlib, _usearch):
+    for make in (_hnswlib, _usearch, partial(_lancedb, folder=folder / "lance")):
         try:
             yield make(vectors)
         except ImportError as error:
@@ -284,6 +301,33 @@ def _usearch(vectors: np.ndarray) -> Contender:
     return Contender("usearch M16 bf16", 2 * vectors.shape[1] + 149, 0, build_s, search, WIDTHS[4:])
 
 
+def _lancedb(vectors: np.ndarray, folder: Path) -> Contender:
+    """A table with an index of product codes, refined by the vectors of the table; both are read from disk."""
+    lancedb = importlib.import_module("lancedb")
+    rows, dimension = vectors.shape
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dimension)
+    started = time.perf_counter()
+    table = lancedb.connect(str(folder)).create_table("vectors", pa.table({"row": np.arange(rows), "vector": column}))
+    table.create_index(metric="dot", num_partitions=1024, num_sub_vectors=dimension // 4, index_type="IVF_PQ")
+    build_s = time.perf_counter() - started
+    files = (file for file in folder.glob("vectors.lance/_indices/**/*") if file.is_file())
+    size = sum(file.stat().st_size for file in files) / rows
+
+    def search(width: int) -> Search:
+        def ask(queries: np.ndarray) -> np.ndarray:
+            asked = table.search(list(queries)).distance_type("dot").nprobes(width).refine_factor(4).limit(K)
+            answer = asked.select(["row", "_distance"]).to_arrow()
+            found = np.full((len(queries), K), -1, np.int64)
+            numbers = answer.column("query_index").to_numpy()
+            places = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
+            found[numbers, places] = answer.column("row").to_numpy()
+            return found
+
+        return ask
+
+    return Contender("lancedb IVF1024,PQ96 refined", size, 4 * dimension, build_s, search)
+
+
 # ---- measuring
 
 
@@ -318,7 +362,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         chosen, picks[name] = pick(sample, budget, options.exhaustive)
         _note(f"{name}: {chosen.factory} in {picks[name]['seconds']:.0f} s")
         contenders.append(ours(name, chosen, base, folder))
-    for peer in by_hand(base):
+    for peer in by_hand(base, folder):
         _note(f"built {peer.name} in {peer.build_s:.0f} s")
         contenders.append(peer)
     for contender in contenders:

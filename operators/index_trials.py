@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -23,6 +24,7 @@ from penstock.operators.evaluation import (
 from penstock.operators.indexing import (
     TRAINING_ROWS_PER_CENTROID,
     Codec,
+    FaissObject,
     Family,
     IndexSpec,
     Metric,
@@ -30,14 +32,19 @@ from penstock.operators.indexing import (
     bytes_per_vector,
     factory_string,
     faiss_threads,
+    limit_iterations,
     nlist_of,
     open_index,
     requires_training,
     train_index,
 )
+from penstock.operators.moments import moments_of
 from penstock.operators.recall_prediction import recall_of_more_rows
 from penstock.operators.search_parameters import faiss_parameters
 from penstock.operators.searching import SearchParameters, ShardSearcher, StoredVectors, VectorWriter, open_vectors
+from penstock.operators.transform_fitting import fit_step
+from penstock.operators.transforms import Chain, FittedStep, Pca, metric_after
+from penstock.operators.vector_codecs import VectorCodec, code_bytes, is_lvq
 
 TIMED_ROUNDS = 3
 TIMED_SINGLE_QUERIES = 32
@@ -52,7 +59,7 @@ SATURATED = 0.001  # recall that a stride gains where more width finds nothing m
 LEAST_EF, MOST_EF = 10, 1024
 BUILD_ROWS = 8192
 CENTROID_BYTES = 4.0  # of a component
-STORED_BYTES = 2.0  # of a component of a stored vector
+LVQ_SCALE_BYTES = 4  # offset and scale of a stored vector
 NO_ROW = -2  # faiss says -1 where it found none
 
 
@@ -69,7 +76,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An index configuration. `nlist` is that of a whole shard; None derives it from the rows."""
+    """An index configuration. `nlist` is that of a whole shard; None derives it from the rows. `reduced` is how many
+    principal components of the vectors are indexed; None indexes them as they are."""
 
     family: Family
     codec: Codec
@@ -78,11 +86,12 @@ class Candidate:
     pq_bytes: int | None = None
     rabitq_bits: int = 1
     nlist: int | None = None
+    reduced: int | None = None
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Candidate":
         """The candidate of a trial's record."""
-        names = ("hnsw_m", "pq_bytes", "rabitq_bits", "nlist")
+        names = ("hnsw_m", "pq_bytes", "rabitq_bits", "nlist", "reduced")
         options = {name: record[name] for name in names if name in record}
         return cls(Family(record["family"]), Codec(record["codec"]), bool(record["rerank"]), **options)
 
@@ -94,7 +103,9 @@ class Candidate:
         return replace(self, nlist=max(1, min(lists, rows // TRAINING_ROWS_PER_CENTROID)))
 
     def spec(self, dimension: int, metric: Metric, rows: int, seed: int, training_rows: int) -> IndexSpec:
-        """The index of a shard of `rows` vectors."""
+        """The index of a shard of `rows` vectors, which have this dimension and metric before they are reduced."""
+        if self.reduced is not None:
+            dimension, metric = self.reduced, metric_after(Pca(self.reduced), dimension, metric)
         factory = factory_string(
             self.family,
             self.codec,
@@ -116,7 +127,8 @@ class Trial:
     `shard_rows`, by how its family scales. `query_us` is what a query of the batch took as measured, of which
     `index_us` within the index: that part grows with the rows. `shard_recall` is what the same lists and width are
     predicted to keep in a shard. `bytes_per_vector` is of the index file of a whole
-    shard; stored vectors for re-ranking are `rerank_bytes`.
+    shard, and of the transforms in front of it as if each shard had its own; stored vectors for re-ranking are
+    `rerank_bytes`. `factory` is that of the index, behind `PCA` where vectors are reduced.
     """
 
     candidate: Candidate
@@ -183,7 +195,8 @@ class Sample:
     """Rows of the corpus and held-out queries, float32 (n, d) and (q, d), with the exact neighbours of the latter.
 
     `neighbours` holds their rows, int64 (q, m), best first; `accepted` those that count as found. NO_ROW fills both.
-    `counts` is how many true neighbours each query has, int64 (q,).
+    `counts` is how many true neighbours each query has, int64 (q,). `chain` are transforms in front of every index,
+    fitted; `stored` is how vectors for re-ranking are kept. `iterations` bounds those of k-means; None bounds nothing.
     """
 
     vectors: np.ndarray
@@ -193,9 +206,41 @@ class Sample:
     neighbours: np.ndarray
     accepted: np.ndarray
     counts: np.ndarray
+    chain: Chain | None = None
+    stored: VectorCodec = VectorCodec.FLOAT16
+    iterations: int | None = None
+
+    @property
+    def space(self) -> tuple[int, Metric]:
+        """Dimension and metric behind the transforms in front of every index."""
+        if self.chain is None:
+            return self.vectors.shape[1], self.metric
+        return self.chain.output_dimension, self.chain.metric_after(self.metric)
+
+    def chain_of(self, candidate: Candidate) -> Chain | None:
+        """What vectors and queries pass before this index; None where they come as they are."""
+        if candidate.reduced is None:
+            return self.chain
+        dimension = self.vectors.shape[1]
+        arrays = {"matrix": self._components[: candidate.reduced]}
+        return Chain(dimension, (FittedStep(Pca(candidate.reduced), dimension, arrays),))
+
+    @cached_property
+    def _components(self) -> np.ndarray:
+        """All principal directions of the vectors, float32 (d, d): those of fewer are the first of them."""
+        moments = moments_of(self.vectors, self.vectors.mean(axis=0, dtype=np.float64))
+        return fit_step(Pca(), self.vectors.shape[1], moments, None).arrays["matrix"]
 
 
-def make_sample(vectors: np.ndarray, queries: np.ndarray, metric: Metric, k: int) -> Sample:
+def make_sample(
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    metric: Metric,
+    k: int,
+    chain: Chain | None = None,
+    stored: VectorCodec = VectorCodec.FLOAT16,
+    iterations: int | None = None,
+) -> Sample:
     """A sample with the exact neighbours of its queries."""
     batch = [(_row_ids(len(vectors)), vectors)]
     truth = exact_neighbours(queries, batch, k + TIE_ROOM, metric, [None] * len(queries))
@@ -203,7 +248,7 @@ def make_sample(vectors: np.ndarray, queries: np.ndarray, metric: Metric, k: int
     known = [accepted_neighbours(truth, query, k) for query in range(len(queries))]
     counts, floors = (np.array([facts[column] for facts in known]) for column in (0, 1))
     accepted = np.where(truth.similarities >= floors[:, None], neighbours, NO_ROW)
-    return Sample(vectors, queries, truth, metric, neighbours, accepted, counts)
+    return Sample(vectors, queries, truth, metric, neighbours, accepted, counts, chain, stored, iterations)
 
 
 def groups(grid: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
@@ -248,39 +293,44 @@ def usual_growth(family: Family, rows: int, larger: int) -> float:
 
 @dataclass(frozen=True)
 class _Built:
-    """A candidate's index, opened as a reader opens it."""
+    """A candidate's index, opened as a reader opens it, and `queries` as the index itself is asked, float32 (q, d')."""
 
     candidate: Candidate
     spec: IndexSpec
     index: faiss.Index
     searcher: ShardSearcher
+    queries: np.ndarray
     index_bytes: int
+    chain_bytes: int
     build_s: float
 
 
 def _built(
     sample: Sample, group: Sequence[Candidate], seed: int, training_rows: int, shard_rows: int, place: Path
 ) -> Iterator[_Built]:
-    rows, dimension = sample.vectors.shape
-    spec = group[0].of_sample(rows, shard_rows).spec(dimension, sample.metric, rows, seed, training_rows)
+    rows, chain = len(sample.vectors), sample.chain_of(group[0])
+    spec = group[0].of_sample(rows, shard_rows).spec(*sample.space, rows, seed, training_rows)
     path = place / "index.faiss"
     started = time.perf_counter()
-    _build(spec, sample.vectors, path)
+    _build(spec, chain.apply_documents(sample.vectors) if chain else sample.vectors, path, sample.iterations)
     build_s = time.perf_counter() - started
     index = open_index(path, spec.family)
+    queries = chain.apply_queries(sample.queries) if chain else sample.queries
+    chain_bytes = len(chain.to_bytes()) if chain else 0
     for one in group:
-        stored = _stored(sample.vectors, place / "vectors.arrow") if one.rerank else None
-        searcher = ShardSearcher(index, _row_ids(rows), stored, sample.metric, 0)
-        yield _Built(one, spec, index, searcher, path.stat().st_size, build_s)
+        stored = _stored(sample, place / "vectors.arrow") if one.rerank else None
+        searcher = ShardSearcher(index, _row_ids(rows), stored, sample.metric, 0, chain)
+        yield _Built(one, spec, index, searcher, queries, path.stat().st_size, chain_bytes, build_s)
 
 
 def _trial(sample: Sample, built: _Built, budget: Budget, shard_rows: int) -> Trial:
     point, recall = _operating_point(sample, built, budget)
     query_us, index_us = _timed_batch(built, sample.queries, budget.k, point)
     rows, dimension = sample.vectors.shape
+    reduced = built.candidate.reduced
     trial = Trial(
         candidate=built.candidate,
-        factory=built.spec.factory,
+        factory=built.spec.factory if reduced is None else f"PCA{reduced},{built.spec.factory}",
         rows=rows,
         shard_rows=shard_rows,
         parameters=point,
@@ -291,19 +341,25 @@ def _trial(sample: Sample, built: _Built, budget: Budget, shard_rows: int) -> Tr
         queries_per_s=1e6 / query_us,
         latency_ms=_timed_singles(built.searcher, sample.queries, budget.k, point),
         bytes_per_vector=_bytes_in_shard(built, sample, shard_rows),
-        rerank_bytes=STORED_BYTES * dimension if built.candidate.rerank else 0.0,
+        rerank_bytes=_stored_bytes(sample) if built.candidate.rerank else 0.0,
         build_s=built.build_s,
     )
     return trial.grown(usual_growth(built.candidate.family, rows, shard_rows))
 
 
+def _stored_bytes(sample: Sample) -> float:
+    """Of one vector kept for re-ranking."""
+    lvq = LVQ_SCALE_BYTES if is_lvq(sample.stored) else 0
+    return float(code_bytes(sample.stored, sample.vectors.shape[1]) + lvq)
+
+
 def _bytes_in_shard(built: _Built, sample: Sample, shard_rows: int) -> float:
-    """Bytes per vector of a whole shard: what a row adds, and its part of what every index holds (centroids, code
-    books, rotation), of which centroids become more with the rows."""
-    rows, dimension = sample.vectors.shape
-    spec = built.candidate.spec(dimension, sample.metric, shard_rows, built.spec.seed, built.spec.training_rows)
-    whole: float = built.index_bytes - bytes_per_vector(built.spec, rows) * rows
-    more_centroids = (nlist_of(spec) - nlist_of(built.spec)) * CENTROID_BYTES * dimension
+    """Bytes per vector of a whole shard: what a row adds, and its part of what every index holds (transforms,
+    centroids, code books, rotation), of which centroids become more with the rows."""
+    rows = len(sample.vectors)
+    spec = built.candidate.spec(*sample.space, shard_rows, built.spec.seed, built.spec.training_rows)
+    whole: float = built.chain_bytes + built.index_bytes - bytes_per_vector(built.spec, rows) * rows
+    more_centroids = (nlist_of(spec) - nlist_of(built.spec)) * CENTROID_BYTES * spec.dimension
     return float(bytes_per_vector(spec, shard_rows) + (whole + more_centroids) / shard_rows)
 
 
@@ -360,7 +416,7 @@ class _Widths:
         return position, factor
 
     def _least(self, factors: Sequence[int]) -> list[tuple[int, int]]:
-        found = []
+        found: list[tuple[int, int]] = []
         for factor, (below, position) in self._strides(factors).items():
             low, high = below + 1, position
             while low < high:
@@ -369,7 +425,8 @@ class _Widths:
                     high = middle
                 else:
                     low = middle + 1
-            found.append((high, factor))
+            if not found or high < found[-1][0]:  # to re-rank more without searching less is only slower
+                found.append((high, factor))
         return found
 
     def _strides(self, factors: Sequence[int]) -> dict[int, tuple[int, int]]:
@@ -395,7 +452,7 @@ class _Widths:
         if (position, fetched) not in self._tried:
             parameters = faiss_parameters(self._built.index, self._widths[position])
             started = time.process_time()
-            rows = self._built.index.search(self._sample.queries, fetched, params=parameters)[1]
+            rows = self._built.index.search(self._built.queries, fetched, params=parameters)[1]
             seconds = time.process_time() - started
             self._tried[position, fetched] = self._recalls(rows, factors), seconds
         return self._tried[position, fetched]
@@ -412,7 +469,7 @@ class _Widths:
 
 def _recall(sample: Sample, built: _Built, k: int, point: SearchParameters) -> float:
     hits = built.searcher.search(sample.queries, k, point)
-    exact = hits.similarities if built.candidate.rerank else None
+    exact = hits.similarities if built.candidate.rerank and not is_lvq(sample.stored) else None
     return float(np.nanmean(recall_at_k(hits.ids, sample.truth, k, exact)))
 
 
@@ -420,7 +477,7 @@ def _shard_recall(sample: Sample, built: _Built, k: int, point: SearchParameters
     offered = k * point.rerank_factor
     fetched = min(offered, len(sample.vectors))
     parameters = faiss_parameters(built.index, point)
-    candidates = built.index.search(sample.queries, fetched, params=parameters)[1]
+    candidates = built.index.search(built.queries, fetched, params=parameters)[1]
     return recall_of_more_rows(candidates, sample.neighbours, k, offered, len(sample.vectors), shard_rows)
 
 
@@ -456,7 +513,7 @@ def _timed_batch(built: _Built, queries: np.ndarray, k: int, point: SearchParame
     whole_s, index_s = [], []
     for _ in range(TIMED_ROUNDS):
         whole_s.append(_seconds(built.searcher, queries, k, point))
-        index_s.append(_elapsed(lambda: built.index.search(queries, fetched, params=parameters)))
+        index_s.append(_elapsed(lambda: built.index.search(built.queries, fetched, params=parameters)))
     whole = min(whole_s)
     return 1e6 * whole / len(queries), 1e6 * min(*index_s, whole) / len(queries)
 
@@ -485,17 +542,25 @@ def _elapsed(work: Callable[[], object]) -> float:
 # ---- building
 
 
-def _build(spec: IndexSpec, vectors: np.ndarray, path: Path) -> None:
-    """A shard of all the vectors, as a run builds one."""
-    trained = train_index(spec, vectors[: spec.training_rows] if requires_training(spec) else vectors[:0])
+def _build(spec: IndexSpec, vectors: np.ndarray, path: Path, most: int | None) -> None:
+    """A shard of all the vectors, as a run builds one, but for the iterations of k-means where these are bounded."""
+    plant = None if most is None else partial(_hasten, most=most)
+    rows = vectors[: spec.training_rows] if requires_training(spec) else vectors[:0]
+    trained = train_index(spec, rows, plant=plant)
     builder = ShardBuilder(trained)
     for first in range(0, len(vectors), BUILD_ROWS):
         builder.add(vectors[first : first + BUILD_ROWS])
     builder.write(path)
 
 
-def _stored(vectors: np.ndarray, path: Path) -> StoredVectors:
-    with VectorWriter(path, vectors.shape[1], np.float16) as writer:
+def _hasten(index: FaissObject, sample: np.ndarray, most: int) -> None:
+    limit_iterations(index, most)
+
+
+def _stored(sample: Sample, path: Path) -> StoredVectors:
+    vectors = sample.vectors
+    mean = vectors.mean(axis=0) if is_lvq(sample.stored) else None
+    with VectorWriter(path, vectors.shape[1], sample.stored, mean) as writer:
         for first in range(0, len(vectors), BUILD_ROWS):
             writer.add(vectors[first : first + BUILD_ROWS])
     return open_vectors(path)

@@ -404,7 +404,7 @@ def train_index(
     Args:
         sample: float32 (n, d) in hash order, of which the first `spec.training_rows` are read. May be empty when the
             spec requires no training.
-        plant: called with the untrained index and `sample`, to give it centroids that were found elsewhere.
+        plant: called with the untrained index and `sample`, to give it centroids that were found elsewhere, or bounds.
     """
     _refuse_shape(sample, spec.dimension, "training sample")
     rows = np.ascontiguousarray(sample[: spec.training_rows], dtype=np.float32)
@@ -425,6 +425,14 @@ def train_index(
     _refuse_other_metric(spec, index)
     trained: bytes = _faiss.serialize_index(index).tobytes()
     return trained
+
+
+def limit_iterations(index: FaissObject, most: int) -> None:
+    """Lets no k-means of an untrained index, of lists or code books, take more iterations."""
+    for part in _parts(core_index(index)):
+        for holder in (part, getattr(part, "pq", None)):
+            if holder is not None and hasattr(holder, "cp"):
+                holder.cp.niter = min(holder.cp.niter, most)
 
 
 def shard_builder(spec: IndexSpec, trained: bytes, threads: int = 1) -> ShardBuilder | VamanaBuilder:

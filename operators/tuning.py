@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
+
 from penstock.operators.index_trials import Budget as Budget
 from penstock.operators.index_trials import Candidate as Candidate
 from penstock.operators.index_trials import Sample as Sample
@@ -26,28 +28,42 @@ from penstock.operators.indexing import (
     bytes_per_vector,
     fewest_training_rows,
 )
+from penstock.operators.transforms import Chain
+from penstock.operators.vector_codecs import VectorCodec
 
 # Sizes of the sample on which candidates are screened; a size is left out where all there is is not WORTH_SCREENING
 # times as much.
 SCREENING_SIZES = (2_500, 10_000)
 WORTH_SCREENING = 2
+SCREENING_QUERIES = 200  # of 500 they take two thirds of the time, and all but exact search the same order
+# Of k-means; code books of 25 were found by the same widths and factors, and took twice the time to build and search.
+SCREENING_ITERATIONS = 6
 LINKS = (16, 32)
+# Reduced graphs are of half the dimensions and from as many on; of fewer, links are most of what a search reads. Of
+# 99,000 x 384 real vectors in 8 bits one answers 1.26 times as many queries as the graph of all dimensions, in 0.64 of
+# its bytes; of 20,000 it is slower. Lists of 4-bit codes were 0.9 as fast for fewer dimensions in as many bytes, lists
+# of 8-bit codes never as fast as those of 4 bits, and graphs of a quarter of the dimensions lost the recall.
+LEAST_REDUCED = 128
 # Lists per root of the rows. Queries of one batch share the lists that they scan, so that fewer are faster than the 4
 # of the faiss wiki: 28,000 queries/s with 0.5, 25,500 with 1, 19,900 with 4 (39,000 x 384, 4-bit PQ, re-ranked).
 LISTS_PER_ROOT_ROW = (1, 0.5, 2, 4)
 LEADERS = 2  # codes of each family that go on from the first sample
 FINALISTS = 3
-# What is estimated to be so many times slower than the best does not go on: after the first sample, after the second,
-# and after the second in another family than the best. The order within a family is estimated to a tenth. That of
-# families is not: a graph of few rows lies in the cache, and from 2,500 rows one was estimated to be 3.2 times as fast
-# at 99,000 as lists that proved 1.6 times as fast as it, from 10,000 rows 1.5 times.
-HOPELESS, CLOSE, CLOSE_FAMILY = 6.0, 1.1, 2.5
+# What is estimated to be so many times slower than the best does not go on: after the first sample, after it than the
+# best of the same kind, after the second, and after the second in another kind than the best. The order within a
+# family is estimated to a tenth. That of families is not: from 10,000 rows, which lie in the cache, a graph was
+# estimated to be 1.5 times as fast at 39,000 and 99,000 rows as lists that proved 1.2 and 1.6 times as fast as it.
+# Fewer dimensions help a graph the more the larger it is.
+HOPELESS, CLOSE_CODE, CLOSE = 6.0, 1.15, 1.1
+CLOSE_FAMILY = {Family.FLAT: 1.5, Family.HNSW: 1.2, Family.IVF: 2.5}
+CLOSE_REDUCED = 1.5
 LIST_STEP = 2  # numbers of lists or links that are further from those of a leader are measured exhaustively only
 # Powers of the rows between which the time in an index of a family grows; measured on the way, and kept within these.
-GROWTH_BOUNDS = {Family.FLAT: (1.0, 1.0), Family.IVF: (0.2, 0.7), Family.HNSW: (0.1, 0.5)}
+GROWTH_BOUNDS = {Family.FLAT: (1.0, 1.0), Family.IVF: (0.2, 0.7), Family.HNSW: (0.3, 0.6)}
 
 T = TypeVar("T")
-Measure: TypeAlias = Callable[[Sequence[Candidate], int], Sequence[Trial]]
+Measure: TypeAlias = Callable[[Sequence[Candidate], int, bool], Sequence[Trial]]
+Kind: TypeAlias = tuple[Family, bool]
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,13 @@ class Tuned:
 
 
 def candidates(
-    dimension: int, metric: Metric, rows: int, budget: Budget, training_rows: int, sample_rows: int
+    dimension: int,
+    metric: Metric,
+    rows: int,
+    budget: Budget,
+    training_rows: int,
+    sample_rows: int,
+    reduce: bool = True,
 ) -> list[Candidate]:
     """The grid, but for what faiss cannot build for this metric, what breaks the budget of bytes unbuilt, and what so
     few rows cannot train.
@@ -85,13 +107,14 @@ def candidates(
     Args:
         rows: of a shard.
         sample_rows: of the smallest sample that the candidates are measured on.
+        reduce: also offer indexes of fewer components.
 
     Raises:
         ValueError: no configuration can meet the bytes, whatever its recall.
     """
     grid = [
         (one, _index_bytes(one, dimension, metric, rows, min(training_rows, rows)))
-        for one in _grid(dimension, rows)
+        for one in _grid(dimension, rows, reduce)
         if _trainable(one, dimension, metric, sample_rows, training_rows, rows)
     ]
     limit = math.inf if budget.bytes_per_vector is None else budget.bytes_per_vector
@@ -105,6 +128,18 @@ def candidates(
     return fit
 
 
+def screening_sample(
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    metric: Metric,
+    k: int,
+    chain: Chain | None = None,
+    stored: VectorCodec = VectorCodec.FLOAT16,
+) -> Sample:
+    """As make_sample, on which candidates are measured roughly: with fewer queries, and fewer iterations of k-means."""
+    return make_sample(vectors, queries[:SCREENING_QUERIES], metric, k, chain, stored, SCREENING_ITERATIONS)
+
+
 def search_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: Measure) -> Tuned:
     """Screen the grid on samples of growing size, measure on `rows` vectors what promises most, and choose.
 
@@ -112,23 +147,23 @@ def search_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: M
     or links. How the time of each family grows with the rows is measured between two sizes.
 
     Args:
-        measure: trials of candidates on a sample of so many rows.
+        measure: trials of candidates on so many rows; whether on a `screening_sample`.
     """
     sizes = _screening_sizes(rows)
     found: list[Sequence[Trial]] = []
     remaining = list(representatives(grid)) if sizes else list(grid)
     for number, size in enumerate(sizes):
-        found.append(measure(remaining, size))
+        found.append(measure(remaining, size, True))
         estimates = estimated(found)
         remaining = _with_variants(leaders(estimates, budget), grid) if number == 0 else finalists(estimates, budget)
-    trials = sorted(estimated([*found, measure(remaining, rows)]), key=lambda trial: -trial.queries_per_s)
+    trials = sorted(estimated([*found, measure(remaining, rows, False)]), key=lambda trial: -trial.queries_per_s)
     screened = [trial for earlier in found for trial in earlier]
     return Tuned(budget, choose(trials, budget), tuple(trials), tuple(screened))
 
 
 def measure_grid(grid: Sequence[Candidate], rows: int, budget: Budget, measure: Measure) -> Tuned:
     """Measure every candidate in full, and choose."""
-    trials = sorted(measure(grid, rows), key=lambda trial: -trial.queries_per_s)
+    trials = sorted(measure(grid, rows, False), key=lambda trial: -trial.queries_per_s)
     return Tuned(budget, choose(trials, budget), tuple(trials), ())
 
 
@@ -144,27 +179,35 @@ def estimated(rounds: Sequence[Sequence[Trial]]) -> list[Trial]:
     """The trials of the last round for a whole shard, by the growth that was measured between the last two."""
     last = list(rounds[-1])
     powers = _growth(rounds[-2], last) if len(rounds) > 1 else {}
-    return [
-        trial.grown(powers[trial.candidate.family]) if trial.candidate.family in powers else trial for trial in last
-    ]
+    return [trial.grown(powers[_kind(trial)]) if _kind(trial) in powers else trial for trial in last]
 
 
 def leaders(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
-    """Of candidates measured on few rows, the LEADERS fastest of each family that keep recall and bytes (or, where none
-    does, all the same): which family is the fastest, few rows do not tell."""
+    """Of candidates measured on few rows, the LEADERS fastest of each kind that keep recall and bytes (or, where none
+    does, all the same), as far as they are close: which kind is the fastest, few rows do not tell."""
     ranked = _within_reach(_ranked(estimates, budget), HOPELESS)
-    families = _unique(trial.candidate.family for trial in ranked)
-    return [
-        one for family in families for one in [t.candidate for t in ranked if t.candidate.family is family][:LEADERS]
-    ]
+    kinds = _unique(map(_kind, ranked))
+    own = [[trial for trial in ranked if _kind(trial) == kind] for kind in kinds]
+    return [trial.candidate for trials in own for trial in _within_reach(trials, CLOSE_CODE)[:LEADERS]]
 
 
 def finalists(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
-    """The FINALISTS that are worth measuring in full, and the best of any other family that comes close."""
+    """The FINALISTS that are worth measuring in full, and the best of any other kind that comes close."""
     ranked = _ranked(estimates, budget)
     close = _within_reach(ranked, CLOSE)[:FINALISTS]
-    best_of_family = {one.candidate.family: one for one in reversed(_within_reach(ranked, CLOSE_FAMILY))}
-    return _unique(one.candidate for one in (*close, *best_of_family.values()))
+    best_of_kind = {_kind(one): one for one in reversed(ranked)}
+    others = [one for kind, one in best_of_kind.items() if one in _within_reach(ranked, _reach(kind))]
+    return _unique(one.candidate for one in (*close, *others))
+
+
+def _kind(trial: Trial) -> Kind:
+    """What time grows alike for: the family, and whether dimensions are fewer."""
+    return trial.candidate.family, trial.candidate.reduced is not None
+
+
+def _reach(kind: Kind) -> float:
+    family, reduced = kind
+    return CLOSE_REDUCED if reduced else CLOSE_FAMILY[family]
 
 
 def _within_reach(ranked: Sequence[Trial], factor: float) -> list[Trial]:
@@ -196,18 +239,15 @@ def _code(one: Candidate) -> Candidate:
     return replace(one, hnsw_m=LINKS[0], nlist=None)
 
 
-def _growth(earlier: Sequence[Trial], later: Sequence[Trial]) -> dict[Family, float]:
-    """For each family the power of the rows with which the time in an index grew, of the candidates in both rounds."""
+def _growth(earlier: Sequence[Trial], later: Sequence[Trial]) -> dict[Kind, float]:
+    """For each kind the power of the rows with which the time in an index grew, of the candidates in both rounds."""
     before = {trial.candidate: trial for trial in earlier}
     pairs = [(before[trial.candidate], trial) for trial in later if trial.candidate in before]
+    kinds = _unique(_kind(later) for _, later in pairs)
     return {
-        family: _within(GROWTH_BOUNDS[family], median(_power(*pair) for pair in pairs if _family(pair) is family))
-        for family in _unique([_family(pair) for pair in pairs])
+        kind: _within(GROWTH_BOUNDS[kind[0]], median(_power(*pair) for pair in pairs if _kind(pair[1]) == kind))
+        for kind in kinds
     }
-
-
-def _family(pair: tuple[Trial, Trial]) -> Family:
-    return pair[0].candidate.family
 
 
 def _power(small: Trial, large: Trial) -> float:
@@ -240,14 +280,16 @@ def _dominates(a: Trial, b: Trial) -> bool:
     return all(x >= y for x, y in zip(*figures, strict=True)) and figures[0] != figures[1]
 
 
-def _grid(dimension: int, rows: int) -> list[Candidate]:
-    """Families x codecs x lists x re-ranking, as far as each can be the best for some budget: of two that take the same
-    bytes, only the one that measured faster."""
+def _grid(dimension: int, rows: int, reduce: bool) -> list[Candidate]:
+    """Families x codecs x lists x dimensions x re-ranking, as far as each can be the best for some budget: of two that
+    take the same bytes, only the one that measured faster."""
     eighth = dimension // 8
     grid = [Candidate(Family.FLAT, codec, False) for codec in (Codec.NONE, Codec.FP16)]
     grid += [Candidate(Family.FLAT, Codec.PQFS, True, pq_bytes=eighth)]
     graphs = [(Codec.NONE, False), (Codec.SQ8, False), (Codec.SQ8, True), (Codec.SQ4, True)]
     grid += [Candidate(Family.HNSW, codec, rerank, hnsw_m=links) for links in LINKS for codec, rerank in graphs]
+    if reduce and dimension // 2 >= LEAST_REDUCED:
+        grid.append(Candidate(Family.HNSW, Codec.SQ8, True, hnsw_m=LINKS[0], reduced=dimension // 2))
     for nlist in [_lists(rows, per_root_row) for per_root_row in LISTS_PER_ROOT_ROW]:
         grid += [Candidate(Family.IVF, codec, rerank, nlist=nlist) for codec, rerank in graphs]
         sizes = (eighth // 2, eighth, 2 * eighth)

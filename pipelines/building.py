@@ -29,7 +29,7 @@ from penstock.cluster.storage import Store
 from penstock.operators.cell_sharing import MOST_IMBALANCE
 from penstock.operators.clustering import TWO_LEVEL_CENTROIDS, ClusteringSpec
 from penstock.operators.indexing import compares_products, nlist_of
-from penstock.operators.moments import moments_of
+from penstock.operators.moments import Moments, moments_of
 from penstock.operators.sharding import Sharding
 from penstock.operators.transform_fitting import fit_chain
 from penstock.operators.vector_codecs import is_lvq
@@ -77,12 +77,7 @@ class Building:
         )
         started = time.monotonic()
         with self.reporter.stage(TRANSFORMS, 1, "fit") as advance:
-            documents, queries = embedding_moments(self.session, job), None
-            if index.queries is not None:
-                store, name = split_path(index.queries)
-                task = EncodeQueriesTask(store.url, name, self.resolved.query_encoder)
-                vectors = self.session.run(encode_queries, task).vectors
-                queries = moments_of(vectors, vectors.mean(axis=0, dtype=np.float64))
+            documents, queries = embedding_moments(self.session, job), query_moments(self.session, self.resolved)
             fitted = fit_chain(index.steps(), documents.dimension, documents, queries)
             write_chain(self.store, path, fitted)
             advance(1, f"{fitted} on {self.chain.rows:,} vectors")
@@ -268,6 +263,16 @@ class Building:
         if self.catalog.has_manifest(self.chain.version):
             return VersionFiles(folder, files_of(self.catalog.manifest(self.chain.version)))
         return place_files(self.store, folder, self.resolved, self.chain)
+
+
+def query_moments(session: Session, resolved: Resolved) -> Moments | None:
+    """The moments of the queries that transforms are fitted to; None where the file names none."""
+    path = resolved.pipeline.index.queries
+    if path is None:
+        return None
+    store, name = split_path(path)
+    vectors = session.run(encode_queries, EncodeQueriesTask(store.url, name, resolved.query_encoder)).vectors
+    return moments_of(vectors, vectors.mean(axis=0, dtype=np.float64))
 
 
 def vectors_read(stage: str, vectors: int, started: float, resolved: Resolved) -> StageEntry:

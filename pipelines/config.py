@@ -403,19 +403,12 @@ class Index(Section):
 
     @model_validator(mode="after")
     def _transforms_fit(self) -> Self:
-        if self.transforms and self.family == "auto" and self.factory is None:
-            raise ValueError(
-                f"transforms ({', '.join(one.type for one in self.transforms)}) are not chosen by family auto, which "
-                "measures vectors as they are; name a family"
-            )
         needs = any(transform.type == "sphering" for transform in self.transforms)
         if needs != (self.queries is not None):
             raise ValueError("queries and a transform of type sphering need each other: give both, or none")
-        if "rerank_codec" in self.model_fields_set and not self.rerank:
-            raise ValueError(
-                f"rerank_codec ({self.rerank_codec}) is of stored vectors: set rerank to true, which needs a family "
-                "(auto measures with float16)"
-            )
+        chosen = self.family == "auto" and self.factory is None
+        if "rerank_codec" in self.model_fields_set and not self.rerank and not chosen:
+            raise ValueError(f"rerank_codec ({self.rerank_codec}) is of stored vectors: set rerank to true")
         return self
 
     @model_validator(mode="after")

@@ -66,7 +66,7 @@ class Pipeline:
         """Measure index configurations on this corpus, embedding first what is not embedded; the record of it all.
 
         With `index.family: auto` the next run builds what was chosen. With `exhaustive`, every candidate is measured at
-        the full sample, which takes about ten times as long.
+        the full sample, which took 4 to 6 times as long on 20,000 vectors, and 9 times on 39,000.
 
         Raises:
             As `run`.

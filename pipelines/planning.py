@@ -63,7 +63,7 @@ from penstock.operators.transforms import metric_after, output_dimension, step_t
 from penstock.operators.tuning import SCREENING_SIZES, Budget, Candidate, candidates
 from penstock.operators.vamana import svs_version
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
-from penstock.pipelines.config import Level, PipelineFile
+from penstock.pipelines.config import Level, PipelineFile, Transform
 from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
@@ -147,7 +147,9 @@ class Resolved:
 
     def with_index(self, chosen: Candidate, point: SearchParameters | None) -> "Resolved":
         """With the index that family `auto` came to mean, and the search parameters that were best for it."""
-        options = {"codec": chosen.codec, "rerank": chosen.rerank, "family": chosen.family}
+        options: dict[str, Any] = {"codec": chosen.codec, "rerank": chosen.rerank, "family": chosen.family}
+        if chosen.reduced is not None:
+            options["transforms"] = (Transform(type="pca", dimension=chosen.reduced),)
         if chosen.family is Family.HNSW:
             options["hnsw_m"] = chosen.hnsw_m
         if chosen.codec in OPQ_CODECS:
@@ -173,6 +175,10 @@ class Resolved:
         factor of two, so that a corpus that grows a little keeps its index."""
         index = self.pipeline.index
         asked = index.model_dump(mode="json", include=OF_THE_CHOICE)
+        if index.rerank_codec is not VectorCodec.FLOAT16:
+            asked["rerank_codec"] = index.rerank_codec.value
+        if index.transforms:
+            asked["transforms"] = _transforming(self)
         return fingerprint(
             stage=TUNING,
             version=TUNING_VERSION,
@@ -652,12 +658,16 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
 
 def _transforms_fingerprint(resolved: Resolved, members: str) -> str | None:
     """Identity of the fitted transforms: their steps, the vectors and the queries that they are fitted to."""
-    index = resolved.pipeline.index
-    if not index.transforms:
+    if not resolved.pipeline.index.transforms:
         return None
+    return fingerprint(stage=TRANSFORMS, version=TRANSFORMS_VERSION, embeddings=members, **_transforming(resolved))
+
+
+def _transforming(resolved: Resolved) -> dict[str, Any]:
+    """The steps of the transforms, and the queries that they are fitted to."""
+    index = resolved.pipeline.index
     queries = [] if index.queries is None else [_content(index.queries), resolved.query_encoder.fingerprint()]
-    steps = [step_to_json(step) for step in index.steps()]
-    return fingerprint(stage=TRANSFORMS, version=TRANSFORMS_VERSION, embeddings=members, steps=steps, queries=queries)
+    return {"steps": [step_to_json(step) for step in index.steps()], "queries": queries}
 
 
 def shard_rows(resolved: Resolved, rows: int) -> int:
@@ -712,9 +722,9 @@ def index_candidates(resolved: Resolved, rows: int) -> list[Candidate]:
         return []
     whole = searched_rows(resolved, rows)
     sample = max(1, min(SCREENING_SIZES[0], whole, rows - held_out_rows(rows)))
-    training_rows = resolved.pipeline.index.training_rows
-    dimension, metric = resolved.encoder.dimension, resolved.metric
-    found = candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample)
+    training_rows, reduce = resolved.pipeline.index.training_rows, not resolved.pipeline.index.transforms
+    dimension, metric = resolved.index_dimension, resolved.index_metric
+    found = candidates(dimension, metric, whole, resolved.budget(rows), training_rows, sample, reduce=reduce)
     if not clustered:
         return found
     cells = [
@@ -952,7 +962,8 @@ def _with_known_index(pipeline: PipelineFile, metric: Metric, dimension: int, or
             return pipeline.model_copy(update={"index": known})
         if index.family == "auto":
             budget = Budget(index.recall, bytes_per_vector=index.bytes_per_vector)
-            candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD)
+            reduce = not index.transforms
+            candidates(dimension, metric, LARGE_SHARD, budget, LARGE_SHARD, LARGE_SHARD, reduce=reduce)
         else:
             faiss_metric(index.family, index.codec, metric)
             refuse_missing_engine(index.family, index.codec)

@@ -1,9 +1,10 @@
 """Pictures of what was measured, as SVG that any browser shows."""
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 80, 30, 64, 60
@@ -19,30 +20,40 @@ TICK_FACTORS = (1, 2, 5)
 PLOT_HEIGHT = HEIGHT - BOTTOM - TOP
 CURVE_LINES = 5
 LABEL_OFFSET = 13
+LETTER = 6.8  # pixels of a letter of 11, on average of capitals and digits
+FULL, FAINT = (5, 1.0), (3, 0.4)  # radius and opacity of a mark
+RING = "#dc2626"
+LISTS = re.compile(r"IVF\d+")
+
+Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 STYLE = "font-family: system-ui, sans-serif; font-size: 12px; fill: #111827"
 
 
 def tuning_svg(record: dict[str, Any]) -> str:
-    """Queries per second over index bytes per vector, both logarithmic: a filled mark keeps the budget, an open one
-    does not, the chosen one is ringed."""
-    trials = record["trials"]
-    x = _Axis([trial["bytes_per_vector"] for trial in trials], LEFT, WIDTH - RIGHT)
-    y = _Axis([trial["queries_per_s"] for trial in trials], HEIGHT - BOTTOM, TOP)
-    budget = record["budget"]
-    title = f"recall@{budget['k']} of {budget['recall']:g}" + "".join(
-        f", at most {budget[name]:g} {words}"
-        for name, words in (("bytes_per_vector", "bytes per vector"), ("latency_ms", "ms"))
-        if budget[name] is not None
-    )
+    """Queries per second over index bytes per vector, both logarithmic. A filled mark keeps the budget, an open one
+    does not, the chosen one is ringed; small faint ones are estimates from a part of the sample. The line joins the
+    measured ones that keep the recall and that none as small is faster than."""
+    budget, full, faint = record["budget"], record["trials"], _estimates(record)
+    marks = [*full, *faint]
+    x = _Axis([trial["bytes_per_vector"] for trial in marks], LEFT, WIDTH - RIGHT)
+    y = _Axis([trial["queries_per_s"] for trial in marks], HEIGHT - BOTTOM, TOP)
+    limits = (("bytes_per_vector", "bytes per vector"), ("latency_ms", "ms"))
+    asked = [f"at most {budget[name]:g} {words}" for name, words in limits if budget[name] is not None]
+    title = ", ".join([f"Index configurations at recall@{budget['k']} of {budget['recall']:g}", *asked])
+    chosen = record["chosen"]
+    first = sorted(full, key=lambda trial: trial != chosen)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" style="{STYLE}">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _text(LEFT, 24, f"Index configurations at {title}", "font-size: 15px; font-weight: 600"),
+        _text(LEFT, 24, title, "font-size: 15px; font-weight: 600"),
         *_grid(x, y),
-        *(_mark(trial, x, y, trial == record["chosen"], budget) for trial in trials),
-        *_labels(trials, x, y),
-        *_legend(),
+        *_limit(x, budget["bytes_per_vector"]),
+        _front([trial for trial in full if trial["recall"] >= budget["recall"]], x, y),
+        *(_mark(trial, x, y, False, budget, FAINT) for trial in faint),
+        *(_mark(trial, x, y, trial == chosen, budget, FULL) for trial in full),
+        *_labels([*first, *faint], len(first), x, y),
+        *_legend(full, faint),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -156,13 +167,48 @@ def _grid(x: _Axis, y: _Axis) -> list[str]:
     return lines
 
 
-def _mark(trial: dict[str, Any], x: _Axis, y: _Axis, chosen: bool, budget: dict[str, Any]) -> str:
+def _estimates(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The last trial of each configuration that was measured on a part of the sample alone."""
+    last = {_identity(trial): trial for trial in record.get("screened", ())}
+    for trial in record["trials"]:
+        last.pop(_identity(trial), None)
+    return list(last.values())
+
+
+def _identity(trial: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("family", "codec", "rerank", "hnsw_m", "nlist", "pq_bytes", "rabitq_bits", "reduced")
+    return tuple(trial.get(name) for name in names)
+
+
+def _limit(x: _Axis, most: float | None) -> list[str]:
+    """A line at the bytes that the budget allows, where that is in the picture."""
+    if most is None or not LEFT < (place := x.place(most)) < WIDTH - RIGHT:
+        return []
+    ends = f'x1="{place}" y1="{TOP}" x2="{place}" y2="{HEIGHT - BOTTOM}"'
+    return [f'<line {ends} stroke="{RING}" stroke-dasharray="5 4"/>']
+
+
+def _front(trials: Sequence[dict[str, Any]], x: _Axis, y: _Axis) -> str:
+    """A line through the trials that are faster than any as small."""
+    best, points = 0.0, []
+    for trial in sorted(trials, key=lambda trial: (trial["bytes_per_vector"], -trial["queries_per_s"])):
+        if trial["queries_per_s"] > best:
+            best = trial["queries_per_s"]
+            points.append(f"{x.place(trial['bytes_per_vector'])},{y.place(best)}")
+    return f'<polyline points="{" ".join(points)}" fill="none" stroke="#9ca3af" stroke-width="1.5"/>'
+
+
+def _mark(
+    trial: dict[str, Any], x: _Axis, y: _Axis, chosen: bool, budget: dict[str, Any], look: tuple[int, float]
+) -> str:
+    radius, opacity = look
     colour = COLOURS[trial["family"]]
     fill = colour if keeps(trial, budget) else "white"
     place = f'cx="{x.place(trial["bytes_per_vector"])}" cy="{y.place(trial["queries_per_s"])}"'
     about = f"{_name(trial)}: recall {trial['recall']:.4f}, {trial['latency_ms']:.2f} ms a query"
-    ring = f'<circle {place} r="10" fill="none" stroke="#dc2626" stroke-width="2"/>' if chosen else ""
-    return f'<g><title>{escape(about)}</title>{ring}<circle {place} r="5" fill="{fill}" stroke="{colour}"/></g>'
+    ring = f'<circle {place} r="10" fill="none" stroke="{RING}" stroke-width="2"/>' if chosen else ""
+    circle = f'<circle {place} r="{radius}" fill="{fill}" stroke="{colour}" opacity="{opacity}"/>'
+    return f"<g><title>{escape(about)}</title>{ring}{circle}</g>"
 
 
 def keeps(trial: dict[str, Any], budget: dict[str, Any]) -> bool:
@@ -172,33 +218,58 @@ def keeps(trial: dict[str, Any], budget: dict[str, Any]) -> bool:
     return within and trial["recall"] >= budget["recall"]
 
 
-def _labels(trials: Sequence[dict[str, Any]], x: _Axis, y: _Axis) -> list[str]:
-    """A name beside each mark, unless it would lie over one that is there already."""
-    taken: list[tuple[float, float]] = []
+def _labels(trials: Sequence[dict[str, Any]], full: int, x: _Axis, y: _Axis) -> list[str]:
+    """A name beside each mark where there is room; the first `full` of them in black, the others in grey."""
+    places = [(x.place(trial["bytes_per_vector"]), y.place(trial["queries_per_s"])) for trial in trials]
+    taken: list[Box] = [(across - 6, down - 6, across + 6, down + 6) for across, down in places]
     labels = []
-    for trial in trials:
-        across, down = x.place(trial["bytes_per_vector"]), y.place(trial["queries_per_s"])
-        if any(abs(down - other) < 13 and abs(across - place) < 150 for place, other in taken):
-            continue
-        taken.append((across, down))
-        left = across > WIDTH - RIGHT - 170
-        at = across - LABEL_OFFSET if left else across + LABEL_OFFSET
-        labels.append(_text(at, down + 4, _name(trial), "font-size: 11px", anchor="end" if left else "start"))
+    for number, (trial, place) in enumerate(zip(trials, places, strict=True)):
+        words = _label(trial)
+        box = next((box for box in _boxes(words, *place) if not any(_overlap(box, other) for other in taken)), None)
+        if box is not None:
+            taken.append(box)
+            style = f"font-size: 11px; fill: {'#111827' if number < full else '#9ca3af'}"
+            labels.append(_text((box[0] + box[2]) / 2, box[1] + 10, words, style, anchor="middle"))
     return labels
 
 
-def _legend() -> list[str]:
+def _boxes(words: str, across: float, down: float) -> list[Box]:
+    """Where a label may stand, the best first: right of its mark, left, above or below; all within the picture."""
+    half = LETTER * len(words) / 2
+    aside = half + LABEL_OFFSET
+    centres = [(across + aside, down), (across - aside, down), (across, down - 15), (across, down + 15)]
+    boxes = [(x - half, y - 6, x + half, y + 6) for x, y in centres]
+    return [box for box in boxes if LEFT < box[0] and box[2] < WIDTH - RIGHT and TOP < box[1]]
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _legend(full: Sequence[dict[str, Any]], faint: Sequence[dict[str, Any]]) -> list[str]:
     parts = []
     for number, (family, colour) in enumerate(COLOURS.items()):
-        across = LEFT + 5 + 70 * number
+        across = LEFT + 5 + 55 * number
         parts.append(f'<circle cx="{across}" cy="44" r="5" fill="{colour}"/>')
         parts.append(_text(across + 9, 48, family))
-    parts.append(_text(WIDTH - RIGHT, 48, "filled: keeps the budget; ringed: chosen", "fill: #4b5563", anchor="end"))
+    words = f"filled: keeps the budget; ringed: chosen; +r: re-ranked; on {full[0]['rows']:,} vectors"
+    words += f", faint: estimated from ≤ {max(one['rows'] for one in faint):,}" if faint else ""
+    parts.append(_text(WIDTH - RIGHT, 48, words, "font-size: 11px; fill: #4b5563", anchor="end"))
     return parts
 
 
 def _name(trial: dict[str, Any]) -> str:
-    return f"{trial['factory']}{' + re-ranking' if trial['rerank'] else ''}"
+    return f"{_factory(trial)}{' + re-ranking' if trial['rerank'] else ''}"
+
+
+def _label(trial: dict[str, Any]) -> str:
+    return f"{_factory(trial)}{' +r' if trial['rerank'] else ''}"
+
+
+def _factory(trial: dict[str, Any]) -> str:
+    """The factory string of a whole shard, whose lists are more than those of a part."""
+    factory: str = trial["factory"]
+    return factory if trial.get("nlist") is None else LISTS.sub(f"IVF{trial['nlist']}", factory)
 
 
 def _text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:

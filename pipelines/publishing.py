@@ -69,7 +69,7 @@ def make_manifest(
         **_built(chain.spec),
         "rerank": resolved.pipeline.index.rerank,
         "stored": stored.value if (stored := resolved.stored) else None,
-        "bytes_per_vector": round(index_bytes(shards) / max(rows, 1), 1),
+        "bytes_per_vector": round(index_bytes(shards, placed.files) / max(rows, 1), 1),
         "operating_point": evaluation["default"],
         "evaluation": evaluation,
         "gate": [check.to_json() for check in checks],
@@ -107,9 +107,11 @@ def files_of(manifest: dict[str, Any]) -> tuple[FileRecord, ...]:
     return tuple(_checked_file(file, set(VERSION_FILES), "a version") for file in manifest.get("files", ()))
 
 
-def index_bytes(shards: Sequence[ShardRecord]) -> int:
-    """Size of the index files: what a searching process holds in memory."""
-    return sum(file.size_bytes for shard in shards for file in shard.files if file.name.endswith((FAISS, SVS)))
+def index_bytes(shards: Sequence[ShardRecord], shared: Sequence[FileRecord]) -> int:
+    """Size of the index files and of what shards share (transforms, routing): what a searching process holds in
+    memory."""
+    indexes = sum(file.size_bytes for shard in shards for file in shard.files if file.name.endswith((FAISS, SVS)))
+    return indexes + sum(file.size_bytes for file in shared)
 
 
 def how_built(manifest: dict[str, Any]) -> dict[str, Any]:

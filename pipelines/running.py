@@ -1,7 +1,5 @@
 """Carry out a plan: stage by stage, resumable after each fragment, published only through the gate."""
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +10,7 @@ from penstock.cluster.catalog import AliasEntry, Catalog
 from penstock.cluster.fragments import Receipt, Work, write_fragment
 from penstock.cluster.jobs.embeddings import (
     AgreementTask,
-    EmbeddingJob,
-    EmbeddingTask,
-    KnownTask,
-    Pool,
     check_agreement,
-    embed_fragments,
-    find_known,
 )
 from penstock.cluster.jobs.passages import PassageJob, PassageTask, make_passages, merge_reasons
 from penstock.cluster.jobs.selection import (
@@ -42,20 +34,18 @@ from penstock.cluster.layout import (
     REMOVAL,
     SELECTION,
     dead_letter_path,
-    fragment_path,
     stage_record_path,
 )
 from penstock.cluster.leases import Lease, acquire
 from penstock.cluster.published import VersionFiles
 from penstock.cluster.session import Session
 from penstock.cluster.storage import AlreadyExists, StorageUnavailable, Store
-from penstock.operators.chunking import PassageType
 from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend
 from penstock.pipelines.building import Building, vectors_read
 from penstock.pipelines.config import TabularDocuments
 from penstock.pipelines.deduplicating import Deduplicating
-from penstock.pipelines.embedding_meter import EmbeddingMeter
+from penstock.pipelines.embedding import ACTOR_CPU_SHARE, Embedding
 from penstock.pipelines.evaluating import Measurement
 from penstock.pipelines.gate import Check, failed, gate_checks
 from penstock.pipelines.history import Status, new_run_id, write_dead_letters, write_run, write_sources
@@ -83,7 +73,6 @@ from penstock.pipelines.planning import (
     pending_passages,
     precision_path,
     read_facts,
-    vector_bytes,
 )
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import (
@@ -95,12 +84,11 @@ from penstock.pipelines.publishing import (
     publish_manifest,
     write_lineage,
 )
+from penstock.pipelines.records import read_json, write_json
 from penstock.pipelines.tuning import tune_index, unmet
 
 RECEIPTS_PER_TASK = 500
 SAMPLE_FRAGMENTS = 8  # that the check of precisions takes passages from
-# An actor takes a little less than its CPUs, so that reading and writing find a place beside a full pool.
-ACTOR_CPU_SHARE = 0.98
 
 
 @dataclass(frozen=True)
@@ -443,10 +431,11 @@ class Run:
         self._agreement = read_json(self._store, own if resolved.decided else decision)
         if self._agreement is not None:
             return
-        self._pool(1)  # refuses workers that do not fit before a task waits for them for ever
+        encoders = self._embedding()
+        encoders.pool(1)  # refuses workers that do not fit before a task waits for them for ever
         kept = sorted(fact.passages for fact in facts if fact.kept)
         step = -(-len(kept) // SAMPLE_FRAGMENTS)
-        task = AgreementTask(self._job(""), resolved.card.dimension, tuple(kept[::step]), wanted)
+        task = AgreementTask(encoders.job(""), resolved.card.dimension, tuple(kept[::step]), wanted)
         workers = embedding.workers
         with self._reporter.stage("precision", 1, "check") as advance:
             cpus = workers.cpus * ACTOR_CPU_SHARE
@@ -472,21 +461,8 @@ class Run:
         except AlreadyExists:
             return read_json(self._store, path) or record
 
-    def _job(self, embeddings_fingerprint: str) -> EmbeddingJob:
-        resolved = self.resolved
-        workers = resolved.pipeline.embedding.workers
-        return EmbeddingJob(
-            root=self._store.url,
-            passages_fingerprint=resolved.stage_fingerprint(PASSAGES),
-            selection_fingerprint=resolved.selection_fingerprint,
-            fingerprint=embeddings_fingerprint,
-            encoder=resolved.encoder,
-            store_format=resolved.pipeline.embedding.store,
-            threads=workers.cpus,
-            device="cuda" if workers.gpus else "cpu",
-            timeout_s=workers.timeout_s,
-            late=resolved.chunker.kind is PassageType.LATE,
-        )
+    def _embedding(self) -> Embedding:
+        return Embedding(self._session, self._store, self._reporter, self.resolved, self._origin, self.run_id)
 
     def _choose_index(self, embedded: Embedded) -> None:
         """Choose what family `auto` stands for, once for such vectors, such a budget and such a size."""
@@ -512,8 +488,9 @@ class Run:
         works: list[Work] = []
         pool = None
         if todo:
-            pool = self._pool(len(todo))
-            works = self._embed(chain, todo, sorted(done), pool)
+            embedding = self._embedding()
+            pool = embedding.pool(len(todo))
+            works, self._encoder = embedding.embed(chain.embeddings_fingerprint, chain.embeddings, todo, pool)
         fresh = {work.receipt.fragment: work.receipt for work in works}
         earlier = [name for name in chain.embeddings.values() if name not in fresh]
         receipts = [*fresh.values(), *self._receipts(EMBEDDINGS, chain.embeddings_fingerprint, sorted(earlier))]
@@ -531,75 +508,6 @@ class Run:
         if entry.truncated_tokens:
             self._reporter.warn(f"{entry.truncated_tokens:,} tokens lay beyond the model's window and were truncated")
         return receipts
-
-    def _embed(self, chain: Embedded, todo: Sequence[FragmentFacts], done: list[str], pool: Pool) -> list[Work]:
-        job = self._job(chain.embeddings_fingerprint)
-        donors = self._donors(chain, done)
-        if donors:
-            job = replace(job, known=self._known(job, todo, donors))
-        tasks = [
-            EmbeddingTask(fact.passages, chain.embeddings[fact.passages], fact.kept < fact.passages_in) for fact in todo
-        ]
-        works: list[Work] = []
-        rows = sum(fact.kept for fact in todo)
-        with self._reporter.stage("embeddings", rows, "passages") as advance:
-            meter = EmbeddingMeter(rows, pool.most, advance)
-            meter.starting()
-            for work in embed_fragments(self._session, job, tasks, pool, meter.live):
-                works.append(work)
-                meter.finished(work)
-        self._encoder = meter.summary(works)
-        for warning in meter.warnings(works):
-            self._reporter.warn(warning)
-        return works
-
-    def _donors(self, chain: Embedded, done: Sequence[str]) -> list[str]:
-        """Embeddings files that may hold vectors of the passages: of this encoder, or of it with more components."""
-        donors = [fragment_path(EMBEDDINGS, chain.embeddings_fingerprint, name) for name in done]
-        own = self.resolved.parameters[EMBEDDINGS]
-        for name in self._store.folders(f"stages/{EMBEDDINGS}"):
-            record = read_json(self._store, stage_record_path(EMBEDDINGS, name)) or {}
-            theirs = record.get("parameters", {})
-            same = {**theirs, "dimension": own["dimension"]} == own
-            if same and theirs["dimension"] > own["dimension"]:
-                names = sorted(finished_fragments(self._store, EMBEDDINGS, name))
-                return donors + [fragment_path(EMBEDDINGS, name, fragment) for fragment in names]
-        return donors
-
-    def _known(self, job: EmbeddingJob, todo: Sequence[FragmentFacts], donors: list[str]) -> tuple[str, ...]:
-        """Tables of the vectors that earlier fragments of this encoder hold for passages to embed now."""
-        folders = {donor.rpartition("/")[0] for donor in donors}
-        stored = sum(info.size_bytes for folder in folders for info in self._store.list(folder))
-        buckets = bucket_count(stored // vector_bytes(self.resolved))
-        pending = tuple(fact.passages for fact in todo)
-        tasks = [KnownTask(job, self.run_id, pending, tuple(donors), bucket, buckets) for bucket in range(buckets)]
-        paths, found = [], 0
-        with self._reporter.stage("reuse", buckets, "buckets") as advance:
-            for path, rows in self._session.stream(find_known, tasks):
-                paths += [path] if path else []
-                found += rows
-                advance(1, f"{found:,} vectors known")
-        return tuple(sorted(paths))
-
-    def _pool(self, tasks: int) -> Pool:
-        """The encoder workers: as many as the file says, or as fit; never more than there are fragments."""
-        workers = self.resolved.pipeline.embedding.workers
-        have = self._session.resources()
-        fit = int(have.get("CPU", 1) // workers.cpus)
-        if workers.gpus:
-            fit = min(fit, int(have.get("GPU", 0) / workers.gpus))
-        least = workers.count or workers.min or max(fit, 1)
-        most = workers.max or least
-        if least > fit and not os.environ.get("RAY_ADDRESS"):
-            rule = (
-                f"({least} workers of {workers.cpus} CPUs and {workers.gpus:g} GPUs) must fit on this machine, "
-                f"which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower them, "
-                "or set RAY_ADDRESS to a cluster"
-            )
-            raise PipelineFileInvalid([self._origin.problem("embedding.workers", rule)])
-        if not os.environ.get("RAY_ADDRESS"):
-            most = min(most, max(fit, 1))
-        return Pool(min(least, tasks), min(most, tasks), workers.cpus * ACTOR_CPU_SHARE, workers.gpus)
 
     def _evaluation(self, chain: Chain, shards: list[ShardRecord], files: VersionFiles) -> dict[str, Any]:
         path = evaluation_path(chain.evaluation_fingerprint)
@@ -662,7 +570,7 @@ class Run:
             checks=tuple(checks),
             entries=tuple(self._entries),
             manifest=manifest,
-            index_bytes=index_bytes(shards),
+            index_bytes=index_bytes(shards, files.files),
             seconds=time.monotonic() - self._started,
             notes=notes,
             encoder=self._encoder,
@@ -687,18 +595,6 @@ class Run:
     def _finish(self, status: Status, more: dict[str, Any]) -> None:
         self._record |= {"status": status.value, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **more}
         write_run(self._store, self._record)
-
-
-def read_json(store: Store, path: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(store.read(path))
-    except FileNotFoundError:
-        return None
-    return record
-
-
-def write_json(store: Store, path: str, record: dict[str, Any]) -> None:
-    store.write(path, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def _facts(receipt: Receipt, exclusions: Exclusions) -> FragmentFacts:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +13,7 @@ from penstock.cluster.jobs.tuning import TuningJob, TuningTask, measure_candidat
 from penstock.cluster.session import Session
 from penstock.operators.indexing import Codec, Family
 from penstock.operators.tuning import Budget, Candidate, Trial, choose, groups, measure_grid, search_grid
+from penstock.pipelines.building import query_moments
 from penstock.pipelines.planning import (
     Embedded,
     Resolved,
@@ -45,15 +47,16 @@ def tune_index(
     rows = searched_rows(resolved, embedded.rows)
     exact = Candidate(Family.FLAT, Codec.NONE, False)
     grid = index_candidates(resolved, embedded.rows)
-    fits = exact in grid and budget.latency_ms is None and not exhaustive
+    transformed = bool(resolved.pipeline.index.transforms)
+    fits = exact in grid and budget.latency_ms is None and not exhaustive and not transformed
     if not grid or (rows <= EXACT_ROWS and fits):
-        only = {"family": exact.family.value, "codec": exact.codec.value, "rerank": exact.rerank}
+        only = {"family": exact.family.value, "codec": exact.codec.value, "rerank": transformed}
         return _stamp({"met": True, "chosen": only, "why": f"{rows} vectors a shard are searched exactly"})
     job = _job(session, resolved, embedded, root, budget)
     cpus = _measuring_cpus(session)
 
-    def measure(some: Sequence[Candidate], size: int) -> Sequence[Trial]:
-        return _measure(session, job, some, size, reporter, cpus)
+    def measure(some: Sequence[Candidate], size: int, screening: bool) -> Sequence[Trial]:
+        return _measure(session, some, TuningTask(job, size, (), screening), reporter, cpus)
 
     search = measure_grid if exhaustive else search_grid
     return _stamp(search(grid, min(SAMPLE_ROWS, rows), budget, measure).to_json())
@@ -92,22 +95,26 @@ def _job(session: Session, resolved: Resolved, embedded: Embedded, root: str, bu
         training_rows=index.training_rows,
         held_out=held_out_rows(embedded.rows),
         queries=queries,
+        steps=index.steps(),
+        query_moments=query_moments(session, resolved),
+        stored=index.rerank_codec,
     )
 
 
 def _measure(
-    session: Session, job: TuningJob, grid: Sequence[Candidate], rows: int, reporter: Reporter, cpus: float
+    session: Session, some: Sequence[Candidate], sample: TuningTask, reporter: Reporter, cpus: float
 ) -> list[Trial]:
-    shared = groups(grid)
+    """The trials of some candidates on a sample."""
+    shared = groups(some)
     tasks = [
-        TuningTask(job, rows, tuple(shared[first : first + GROUPS_PER_TASK]))
+        replace(sample, groups=tuple(shared[first : first + GROUPS_PER_TASK]))
         for first in range(0, len(shared), GROUPS_PER_TASK)
     ]
     trials: list[Trial] = []
-    with reporter.stage(f"tuning on {rows:,}", len(grid), "configurations") as advance:
+    with reporter.stage(f"tuning on {sample.sample_rows:,}", len(some), "configurations") as advance:
         for found in session.stream(measure_candidates, tasks, cpus=cpus):
             trials += found
-            best = choose(trials, job.budget)
+            best = choose(trials, sample.job.budget)
             advance(len(found), f"{best.factory}, {best.queries_per_s:,.0f} queries/s")
     return sorted(trials, key=lambda trial: -trial.queries_per_s)
 

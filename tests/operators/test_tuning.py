@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -5,13 +6,28 @@ import numpy as np
 import pytest
 
 from penstock.operators.index_trials import usual_growth
-from penstock.operators.indexing import Codec, Family, Metric
+from penstock.operators.indexing import (
+    Codec,
+    FaissObject,
+    Family,
+    Metric,
+    core_index,
+    limit_iterations,
+    train_index,
+)
+from penstock.operators.moments import moments_of
 from penstock.operators.searching import SearchParameters
+from penstock.operators.transform_fitting import fit_chain
+from penstock.operators.transforms import Centring, Fidelity, Pca, Rotation, Step
 from penstock.operators.tuning import (
+    CLOSE_CODE,
     CLOSE_FAMILY,
     FINALISTS,
     HOPELESS,
     LEADERS,
+    LEAST_REDUCED,
+    SCREENING_ITERATIONS,
+    SCREENING_QUERIES,
     SCREENING_SIZES,
     Budget,
     Candidate,
@@ -28,14 +44,17 @@ from penstock.operators.tuning import (
     measure_grid,
     pareto,
     representatives,
+    screening_sample,
     search_grid,
 )
+from penstock.operators.vector_codecs import VectorCodec
 
 DIMENSION = 32
 BUDGET = Budget(recall=0.9)
 FLAT = Candidate(Family.FLAT, Codec.NONE, False)
 LISTS = Candidate(Family.IVF, Codec.SQ8, False)
 GRAPH = Candidate(Family.HNSW, Codec.NONE, False)
+HALF = Candidate(Family.HNSW, Codec.SQ8, True, reduced=16)
 
 
 def unit(rows: int, seed: int) -> np.ndarray:
@@ -211,8 +230,16 @@ def test_finalists_are_the_fastest_that_keep_recall_and_bytes() -> None:
     assert finalists([lossy], BUDGET) == [LISTS]
     many = [trial(replace(GRAPH, hnsw_m=links)) for links in range(2, 20)]
     assert len(finalists(many, BUDGET)) == FINALISTS
-    other = trial(LISTS, queries_per_s=1001.0 / CLOSE_FAMILY)
+    other = trial(LISTS, queries_per_s=1001.0 / CLOSE_FAMILY[Family.IVF])
     assert finalists([*many, other], BUDGET)[-1] == LISTS  # another family, nearly as fast
+
+
+def test_what_few_rows_flatter_must_come_closer() -> None:
+    """Graphs of few rows lie in the cache, and exact search is estimated well."""
+    others = [replace(one, queries_per_s=1000 / 1.3) for one in (trial(GRAPH), trial(LISTS), trial(HALF))]
+    assert set(finalists([trial(FLAT), *others], BUDGET)) == {FLAT, LISTS, HALF}
+    slow = [trial(FLAT, queries_per_s=600.0), trial(LISTS, queries_per_s=600.0), trial(HALF, queries_per_s=600.0)]
+    assert finalists([trial(GRAPH), *slow], BUDGET) == [GRAPH, LISTS]
 
 
 def test_the_best_codes_of_each_family_lead() -> None:
@@ -222,6 +249,8 @@ def test_the_best_codes_of_each_family_lead() -> None:
     assert [one.hnsw_m for one in chosen if one.family is Family.HNSW] == [5, 4]
     assert [one.nlist for one in chosen if one.family is Family.IVF] == [3, 2]
     assert FLAT in chosen and len(chosen) == 2 * LEADERS + 1
+    far = [trial(LISTS), trial(replace(LISTS, codec=Codec.SQ4), queries_per_s=999 / CLOSE_CODE)]
+    assert leaders([*far, trial(HALF, queries_per_s=500.0)], BUDGET) == [LISTS, HALF]
     assert FLAT not in leaders([*graphs, trial(queries_per_s=1900 / HOPELESS)], BUDGET)
 
 
@@ -248,9 +277,11 @@ class Shop:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.asked: list[tuple[int, tuple[Candidate, ...]]] = []
+        self.screenings: list[bool] = []
 
-    def measure(self, some: Sequence[Candidate], size: int) -> list[Trial]:
+    def measure(self, some: Sequence[Candidate], size: int, screening: bool) -> list[Trial]:
         self.asked.append((size, tuple(some)))
+        self.screenings.append(screening)
         return [trial(one, size, self.rows, query_us=self.us(one, size), index_us=self.us(one, size)) for one in some]
 
     def us(self, one: Candidate, size: int) -> float:
@@ -270,13 +301,14 @@ def test_the_choice_of_the_whole_grid_is_found_with_few_measurements() -> None:
     shop, every = Shop(rows), Shop(rows)
     grid = candidates(384, Metric.COSINE, rows, BUDGET, 100_000, SCREENING_SIZES[0])
 
-    def projected(shop: Shop) -> Callable[[Sequence[Candidate], int], list[Trial]]:
-        return lambda some, size: [one.grown(0.25) for one in shop.measure(some, size)]
+    def projected(shop: Shop) -> Callable[[Sequence[Candidate], int, bool], list[Trial]]:
+        return lambda some, size, screening: [one.grown(0.25) for one in shop.measure(some, size, screening)]
 
     found = search_grid(grid, rows, BUDGET, projected(shop))
     best = measure_grid(grid, rows, BUDGET, projected(every))
     assert found.chosen.candidate == best.chosen.candidate and found.chosen.candidate.codec is Codec.PQFS
     assert [size for size, _ in shop.asked] == [*SCREENING_SIZES, rows]
+    assert shop.screenings == [True, True, False] and every.screenings == [False]
     first, second, last = (len(some) for _, some in shop.asked)
     assert last <= FINALISTS + 1 < second < first == len(representatives(grid)) < len(grid) / 2
     assert len(found.screened) == first + second
@@ -317,6 +349,23 @@ def test_the_recall_of_each_factor_is_that_of_a_search(sample: Sample) -> None:
     assert part.recall >= 0.93 and part.shard_recall != part.recall
 
 
+def test_screening_asks_and_trains_less() -> None:
+    vectors, queries = unit(1500, 2), unit(SCREENING_QUERIES + 30, 3)
+    rough, fine = (make(vectors, queries, Metric.COSINE, 10) for make in (screening_sample, make_sample))
+    assert len(rough.queries) == SCREENING_QUERIES and len(fine.queries) == len(queries)
+    code = Candidate(Family.IVF, Codec.PQFS, True, pq_bytes=4, nlist=20)
+    assert of(rough, code, shard_rows=1500)[0].recall >= 0.9 <= of(fine, code, shard_rows=1500)[0].recall
+    spec = code.spec(DIMENSION, Metric.COSINE, 1500, 1, 1500)
+    found: list[int] = []
+
+    def look(index: FaissObject, sample: np.ndarray) -> None:
+        limit_iterations(index, SCREENING_ITERATIONS)
+        found.extend([core_index(index).cp.niter, core_index(index).pq.cp.niter])
+
+    train_index(spec, vectors, plant=look)
+    assert found == [SCREENING_ITERATIONS, SCREENING_ITERATIONS]
+
+
 def test_a_recall_of_zero_is_always_kept() -> None:
     assert trial(recall=0.0).meets(Budget(recall=0.0))
 
@@ -324,6 +373,8 @@ def test_a_recall_of_zero_is_always_kept() -> None:
 def test_a_candidate_comes_back_from_its_record() -> None:
     for one in candidates(384, Metric.COSINE, 100_000, BUDGET, 100_000, 10_000):
         assert Candidate.from_json(trial(one).to_json()) == one
+    older = {"family": "ivf", "codec": "sq8", "rerank": True, "hnsw_m": 32, "rabitq_bits": 1, "nlist": 7}
+    assert Candidate.from_json(older) == Candidate(Family.IVF, Codec.SQ8, True, nlist=7)
 
 
 def test_bytes_are_those_of_a_whole_shard(sample: Sample) -> None:
@@ -333,3 +384,78 @@ def test_bytes_are_those_of_a_whole_shard(sample: Sample) -> None:
     (there,) = measure(sample, coarse, BUDGET, seed=1, training_rows=10_000, shard_rows=250_000)
     per_row = DIMENSION / 8 + 8 + 8  # a bit for each component, two factors, the id in its list
     assert per_row < there.bytes_per_vector < per_row + 3 < here.bytes_per_vector
+
+
+# ---- fewer dimensions, and what the pipeline puts in front
+
+
+def of(sample: Sample, *some: Candidate, recall: float = 0.9, shard_rows: int = 2500) -> list[Trial]:
+    return measure(sample, some, Budget(recall), seed=1, training_rows=10_000, shard_rows=shard_rows)
+
+
+def recall_of_half(sample: Sample, factor: int) -> float:
+    """Exact search of the leading components by numpy, the first of which are compared in full."""
+    vectors = sample.vectors.astype(np.float64)
+    leading = np.linalg.eigh(vectors.T @ vectors)[1][:, ::-1][:, : DIMENSION // 2]
+    near = np.argsort(-(sample.queries @ leading) @ (vectors @ leading).T, axis=1)[:, : 10 * factor]
+    exact = np.argsort(-(sample.queries @ sample.vectors.T), axis=1)[:, :10]
+    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(near, exact, strict=True)]))
+
+
+def test_reduced_vectors_are_found_by_their_leading_components_and_ranked_by_all(sample: Sample) -> None:
+    half = Candidate(Family.FLAT, Codec.NONE, False, reduced=DIMENSION // 2)
+    alone, ranked = of(sample, half, replace(half, rerank=True), recall=0.99)
+    assert alone.recall == pytest.approx(recall_of_half(sample, 1), abs=0.002)
+    factor = ranked.parameters.rerank_factor
+    assert ranked.recall == pytest.approx(recall_of_half(sample, factor), abs=0.002) and ranked.recall > alone.recall
+    assert alone.factory == "PCA16,Flat" and alone.candidate == half
+    assert ranked.rerank_bytes == 2 * DIMENSION
+
+
+def test_the_transforms_count_as_those_of_a_shard(sample: Sample) -> None:
+    half = Candidate(Family.FLAT, Codec.NONE, False, reduced=16)
+    chain = sample.chain_of(half)
+    assert chain is not None and chain.output_dimension == 16
+    for rows in (2500, 250_000):
+        (found,) = of(sample, half, shard_rows=rows)
+        assert found.bytes_per_vector == pytest.approx(4 * 16 + len(chain.to_bytes()) / rows, abs=0.1)
+
+
+def test_components_of_fewer_dimensions_are_the_first_of_those_of_more(sample: Sample) -> None:
+    few, many = (sample.chain_of(replace(HALF, reduced=dimension)) for dimension in (5, 20))
+    assert few is not None and many is not None
+    moments = moments_of(sample.vectors, sample.vectors.mean(axis=0, dtype=np.float64))
+    assert few.content_hash() == fit_chain([Pca(5)], DIMENSION, moments).content_hash()
+    np.testing.assert_array_equal(few.steps[0].arrays["matrix"], many.steps[0].arrays["matrix"][:5])
+    assert sample.chain_of(FLAT) is None
+
+
+@pytest.mark.parametrize("step", [Rotation(3), Centring(), Pca(24)])
+def test_transforms_of_the_pipeline_come_before_every_index(step: Step) -> None:
+    vectors, queries = unit(1500, 2), unit(40, 3)
+    chain = fit_chain([step], DIMENSION, moments_of(vectors, vectors.mean(axis=0, dtype=np.float64)))
+    made = make_sample(vectors, queries, Metric.COSINE, 10, chain, VectorCodec.LVQ8)
+    assert made.space == (chain.output_dimension, chain.metric_after(Metric.COSINE))
+    flat, ranked = of(made, FLAT, replace(FLAT, rerank=True), recall=0.93)
+    expected = 4 * chain.output_dimension + len(chain.to_bytes()) / 2500
+    assert flat.bytes_per_vector == pytest.approx(expected, abs=0.1)
+    assert ranked.recall >= 0.93 and ranked.rerank_bytes == DIMENSION + 4
+    if chain.fidelity is Fidelity.EXACT:
+        assert flat.recall == 1.0
+
+
+def test_reduced_graphs_are_offered_where_half_the_dimensions_are_enough() -> None:
+    def reduced(dimension: int, **options: bool) -> set[int | None]:
+        found = candidates(dimension, Metric.COSINE, 100_000, BUDGET, 100_000, 10_000, **options)
+        return {one.reduced for one in found} - {None}
+
+    assert reduced(384) == {192} and reduced(2 * LEAST_REDUCED) == {LEAST_REDUCED}
+    assert reduced(2 * LEAST_REDUCED - 2) == set() and reduced(384, reduce=False) == set()
+
+
+def test_growth_is_that_of_a_kind() -> None:
+    whole = [trial(GRAPH, rows, 100_000, query_us=us, index_us=us) for rows, us in ((100, 10.0), (10_000, 100.0))]
+    half = [trial(HALF, rows, 100_000, query_us=us, index_us=us) for rows, us in ((100, 10.0), (10_000, 40.0))]
+    found = estimated([[whole[0], half[0]], [whole[1], half[1]]])
+    assert 1e6 / found[0].queries_per_s == pytest.approx(100 * 10**0.5)
+    assert 1e6 / found[1].queries_per_s == pytest.approx(40 * 10 ** (math.log(4) / math.log(100)))

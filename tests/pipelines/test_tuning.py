@@ -50,6 +50,47 @@ def test_the_picture_is_valid_and_names_all(tmp_path: Path) -> None:
         assert 0 < float(circle.get("cx", "0")) < 860 and 0 < float(circle.get("cy", "0")) < 520
 
 
+def texts_of(svg: str) -> list[str]:
+    return [text for element in ElementTree.fromstring(svg).iter() if (text := element.text)]
+
+
+def test_the_picture_shows_what_was_only_screened_and_what_is_allowed() -> None:
+    """Once each, by the last estimate, and with the lists of a whole shard."""
+    base = record(bytes_per_vector=500.0)
+    lists = base["trials"][1] | {"nlist": 64, "factory": "PCA192,IVF20,<Flat>", "reduced": 192, "rows": 500}
+    screened = [lists | {"rows": 100}, lists | {"queries_per_s": 5000.0}, base["trials"][0]]
+    svg = tuning_svg(base | {"screened": screened})
+    words = texts_of(svg)
+    assert words.count("PCA192,IVF64,<Flat> +r") == 1 and "IVF20" not in svg
+    assert any("at most 500 bytes per vector" in word for word in words)
+    assert any("on 1,000 vectors, faint: estimated from ≤ 500" in word for word in words)
+    lines = [element for element in ElementTree.fromstring(svg).iter() if element.get("stroke-dasharray")]
+    assert len(lines) == 1 and 80 < float(lines[0].get("x1", "0")) < 830
+    assert not any("faint" in word for word in texts_of(tuning_svg(base)))
+
+
+def test_the_line_joins_what_keeps_the_recall_and_none_as_small_is_faster_than() -> None:
+    base = record()
+    sizes = ((50.0, 100.0, 0.96), (60.0, 90.0, 0.99), (70.0, 300.0, 0.95), (80.0, 900.0, 0.5), (90.0, 301.0, 0.97))
+    flat = base["trials"][0]
+    trials = [flat | {"bytes_per_vector": b, "queries_per_s": q, "recall": r} for b, q, r in sizes]
+    root = ElementTree.fromstring(tuning_svg(base | {"trials": trials}))
+    (line,) = [element for element in root.iter() if element.tag.endswith("polyline")]
+    marks = [element for element in root.iter() if element.get("r") == "5" and float(element.get("cy", "0")) > 64]
+    expected = [f"{marks[number].get('cx')},{marks[number].get('cy')}" for number in (0, 2, 4)]
+    assert line.get("points", "").split() == expected
+
+
+def test_labels_stay_apart() -> None:
+    base = record()
+    crowd = [base["trials"][0] | {"bytes_per_vector": 100.0 + number} for number in range(30)]
+    labels = [one for one in ElementTree.fromstring(tuning_svg(base | {"trials": crowd})).iter() if one.text == "Flat"]
+    places = [(float(one.get("x", "0")), float(one.get("y", "0"))) for one in labels]
+    assert 0 < len(labels) < len(crowd)
+    for number, (across, down) in enumerate(places):
+        assert all(abs(across - x) >= 24 or abs(down - y) >= 12 for x, y in places[:number])
+
+
 def test_what_keeps_a_budget() -> None:
     flat, lists = record()["trials"]
     assert keeps(flat, record()["budget"]) and not keeps(lists, record()["budget"])
@@ -165,6 +206,7 @@ def test_the_command_shows_measures_and_draws(workspace: Workspace, tmp_path: Pa
     done = penstock("tune", str(file), "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     assert "chosen" in done.stdout and "queries/s" in done.stdout and "Flat" in done.stdout
+    assert "PCA192,HNSW16_SQ8 + re-ranking" in done.stdout
     ElementTree.fromstring(picture.read_text())
     few = workspace.file(index={"shards": 1})
     unmeasured = penstock("tune", str(few), "--plot", str(tmp_path / "nothing.svg"))
