@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import typer
+from rich.console import Group
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
 from penstock.cluster.file_cache import DamagedFile
@@ -159,6 +160,29 @@ def run(file: File, set_: Overrides = None, json_: AsJson = False) -> None:
         _output(json_, {"event": "report", **plan.to_json()}, lambda: typer.echo(plan_summary(plan)))
         return
     _output(json_, {"event": "report", **report.to_json()}, lambda: print_view(report_view(report)))
+    if report.status is Status.GATE_FAILED:
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def reindex(file: File, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Build an index anew with the same model (other windows, dimension, codec, shards), from all that is still valid,
+    publish it through the gate, and show what it changes."""
+    pipeline = Pipeline.load(file, set_ or ())
+    reporter = choose_reporter(json_)
+    made = pipeline.plan()
+    for warning in made.resolved.warnings:
+        reporter.warn(warning)
+    if not json_:
+        print_view(plan_table(made))
+    report, difference = pipeline.reindex(reporter, made)
+    if report is None:
+        _output(json_, {"event": "reindex", **made.to_json()}, lambda: typer.echo(plan_summary(made)))
+        return
+    changes = None if difference is None else difference.to_json()
+    record = {"event": "reindex", "plan": made.to_json(), "report": report.to_json(), "difference": changes}
+    views = [report_view(report), *([difference_view(difference)] if difference else [])]
+    _output(json_, record, lambda: print_view(Group(*views)))
     if report.status is Status.GATE_FAILED:
         raise typer.Exit(EXIT_GATE)
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
 from penstock.pipelines.canary import ModelTrial
 from penstock.pipelines.canary_sample import SAMPLE_PASSAGES
 from penstock.pipelines.config import Level, PipelineFile
+from penstock.pipelines.diffing import Difference, compare
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
+from penstock.pipelines.mixed_format import is_mixed
 from penstock.pipelines.planning import Plan, alias_head, decided_before, make_plan, resolve
 from penstock.pipelines.progress import Reporter, SilentReporter
 from penstock.pipelines.running import Report, curve_of_duplicates, execute, tune
@@ -23,6 +26,7 @@ from penstock.pipelines.upgrading import (
     Upgrading,
     base_of,
     old_pipeline,
+    refuse_other_space,
     refuse_same_space,
     with_model,
 )
@@ -71,6 +75,30 @@ class Pipeline:
             return None
         with _stop_on_sigterm(), Session() as session:
             return execute(plan, self.origin, self.store, session, reporter or SilentReporter())
+
+    def reindex(
+        self, reporter: Reporter | None = None, plan: Plan | None = None
+    ) -> tuple[Report | None, Difference | None]:
+        """`run`, and how what is published differs from the version that the alias pointed to before; None for each
+        where there is nothing to do, or nothing to compare with.
+
+        Raises:
+            As `run`; NothingToUpgrade where the file names another model than that version's.
+        """
+        store, reporter = self.store, reporter or SilentReporter()
+        plan = plan or self.plan()
+        catalog, alias = Catalog(store, self.config.name), self.config.publish.alias
+        before = catalog.alias(alias) if alias else None
+        if before is not None:
+            refuse_other_space(catalog.manifest(before.version), plan.resolved)
+        report = self.run(reporter, plan)
+        if report is None or before is None or before.version == report.version:
+            return report, None
+        if is_mixed(catalog.manifest(before.version)):  # of which there are no documents of its own to compare
+            return report, None
+        trust = self.config.embedding.trust_remote_code
+        with Session() as session:
+            return report, compare(store, catalog, before.version, report.version, session, reporter, trust)
 
     def tune(self, reporter: Reporter | None = None, exhaustive: bool = False) -> dict[str, Any]:
         """Measure index configurations on this corpus, embedding first what is not embedded; the record of it all.

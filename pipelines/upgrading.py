@@ -308,12 +308,30 @@ def refuse_same_space(base: Base, new: Resolved) -> None:
             f"upgrade.compatible_with ({declared}) must be the model of version {base.version}, which is "
             f"{recorded['reference']}; leave it out where the new model was not trained to be"
         )
-    same = [recorded[name] == value for name, value in _identity(new).items()]
-    if all(same):
+    if _is_of(recorded, new):
         raise NothingToUpgrade(
             f"version {base.version} of index {new.pipeline.name} is of model {recorded['reference']} with the same "
             "weights, prompts and dimension; name another with --model or upgrade.model"
         )
+
+
+def refuse_other_space(manifest: dict[str, Any], new: Resolved) -> None:
+    """Refuse to build an index anew with another model than the one that answers.
+
+    Raises:
+        NothingToUpgrade: naming both.
+    """
+    stated = manifest["model"]
+    models = [stated["weights_sha256"], stated["query_prompt"], stated["document_prompt"]]
+    if models != [new.encoder.weights_hash, new.query_encoder.prompt, new.encoder.prompt]:
+        raise NothingToUpgrade(
+            f"embedding.model ({new.encoder.model}) must be the model of version {manifest['version']}, "
+            f"{stated['reference']}, with its prompts: `penstock upgrade` moves an index to another"
+        )
+
+
+def _is_of(recorded: dict[str, Any], new: Resolved) -> bool:
+    return all(recorded[name] == value for name, value in _identity(new).items())
 
 
 def _identity(new: Resolved) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """An index moves from one real model to another while it is searched, and through crashes."""
 
 import json
+import subprocess
+import sys
+import threading
+import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
+from penstock.pipelines import open_index
 from penstock.pipelines.mixed_format import is_mixed
 from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
 
@@ -98,3 +103,75 @@ def head(catalog: Catalog) -> str:
     entry = catalog.alias("live")
     assert entry is not None
     return entry.version
+
+
+@pytest.mark.slow
+def test_a_reader_sees_neither_errors_nor_two_spaces_while_the_driver_is_killed(
+    ray_session: Session, tmp_path: Path, real_texts: list[str]
+) -> None:
+    """kill -9 after the first new vectors, and after the first part is published."""
+    workspace = workspace_of(tmp_path, real_texts)
+    assert workspace.pipeline().run() is not None
+    file = workspace.file()
+    stop = threading.Event()
+    errors: list[Exception] = []
+    versions: dict[str, None] = {}
+
+    def read() -> None:
+        with open_index(str(workspace.root), "live", follow=True, every_s=0.2) as index:
+            while not stop.is_set():
+                try:
+                    found = index.search(real_texts[:4], 3)
+                    versions[found.version] = None
+                except Exception as error:  # any is what a reader must not see
+                    errors.append(error)
+                time.sleep(0.05)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for moment in ("canaries/*/throughput.json", "upgrades/*/*/steps/001.json"):
+        process = upgrade_process(file)
+        deadline = time.monotonic() + 150
+        while not list(workspace.root.glob(moment)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+    process = upgrade_process(file)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    record = json.loads(printed.splitlines()[-1])
+    time.sleep(1)
+    stop.set()
+    reader.join()
+    assert errors == []
+    assert list(versions)[-1] == record["flip"]["version"]
+    assert record["flip"]["encoded"] + sum(step["encoded"] for step in record["backfill"]["steps"]) <= 30
+
+
+def upgrade_process(file: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "penstock.pipelines.cli", "upgrade", str(file), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_a_new_codec_is_indexed_from_stored_vectors_and_compared(
+    ray_session: Session, tmp_path: Path, real_texts: list[str]
+) -> None:
+    workspace = workspace_of(tmp_path, real_texts)
+    first, nothing = workspace.pipeline().reindex()
+    assert first is not None and nothing is None
+    second, difference = workspace.pipeline(index__codec="fp16").reindex()
+    assert second is not None and difference is not None
+    assert {entry.stage: entry.encoded for entry in second.entries}["embeddings"] == 0
+    assert difference.old["version"] == first.version and difference.new["version"] == second.version
+    assert (difference.documents.added, difference.documents.removed, difference.documents.changed) == (0, 0, 0)
+    with pytest.raises(NothingToUpgrade, match=r"embedding.model \(.+\) must be the model of version"):
+        workspace.pipeline(embedding__prompts={"query": "ask: ", "document": ""}).reindex()
+
+
+def test_an_upgrade_needs_a_published_version(tmp_path: Path, real_texts: list[str]) -> None:
+    workspace = workspace_of(tmp_path, real_texts)
+    with pytest.raises(NothingToUpgrade, match=r"publish.alias \(live\) must point to a published version"):
+        workspace.pipeline().upgrade()
+    with pytest.raises(NothingToUpgrade, match=r"publish.alias \(none\)"):
+        workspace.pipeline(publish={}).upgrade()

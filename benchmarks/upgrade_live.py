@@ -1,0 +1,313 @@
+"""A whole upgrade, killed again and again, while a reader asks: what it saw, and what was embedded twice.
+
+    python benchmarks/upgrade_live.py [--documents 600] [--kills 3] [--work FOLDER] [--json]
+
+Docstrings of the installed packages are published with all-MiniLM-L6-v2 pooled by its first token, and moved to the
+model as it is by `penstock upgrade`. At random moments its driver or a worker gets kill -9, and the command is given
+again. All along a thread asks the alias, with `follow`, for documents by their first lines. Afterwards every answer is
+checked against the vectors of the old and the new version: all its similarities must be of one space.
+"""
+
+import argparse
+import json
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from model_pairs import MODEL, Texts, docstrings
+
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.storage import open_store
+from penstock.operators.adapters import Adapter
+from penstock.operators.confidence import mean_interval
+from penstock.operators.models import resolve_model
+from penstock.pipelines import Found, OpenIndex, open_index
+
+K = 10
+SEED = 20_261_121
+BATCH = 16
+STEPS = 5
+PAUSE_S = 0.1
+KILL_AFTER_S = (8.0, 45.0)
+CLOSE = 2e-3  # similarities of float16 vectors, and of the same texts in other batches
+
+
+@dataclass
+class Seen:
+    """What the reader got: (queries, answer), and what was raised."""
+
+    answers: list[tuple[np.ndarray, Found]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def write_corpus(folder: Path, texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
+    """Documents, queries and judgements; the pipeline of the old model."""
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True)
+    documents = [{"id": f"d{number}", "text": text} for number, text in enumerate(texts.documents)]
+    for part in range(12):
+        lines = [json.dumps(one) for one in documents[part::12]]
+        (corpus / f"part-{part:02d}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    asked = texts.fitting_queries + texts.queries
+    relevant = texts.fitting_relevant + texts.relevant
+    queries = [json.dumps({"id": f"q{number}", "text": text}) for number, text in enumerate(asked)]
+    (folder / "queries.jsonl").write_text("\n".join(queries) + "\n", "utf-8")
+    judged = [f"q{number}\td{row}\t1" for number, rows in enumerate(relevant) for row in rows]
+    (folder / "judged.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]) + "\n", "utf-8")
+    workers = {"count": options.workers}
+    return {
+        "name": "live",
+        "root": str(folder / "root"),
+        "documents": {"type": "jsonl", "path": f"{corpus}/*.jsonl", "id": "id"},
+        "passages": {"type": "tokens", "tokens": 126, "overlap": 0},
+        "embedding": {"model": str(first_token_model(folder)), "precision": "float32", "workers": workers},
+        "index": {"family": "flat", "shards": 2, "recall": 1.0, "rerank": True},
+        "evaluate": {"queries": str(folder / "queries.jsonl"), "relevance": str(folder / "judged.tsv"), "k": K},
+        "gate": {"recall": 0.99},
+        "publish": {"alias": "live"},
+        "upgrade": {"model": MODEL, "sample": 300, "steps": STEPS, "seed": SEED},
+    }
+
+
+def first_token_model(folder: Path) -> Path:
+    """all-MiniLM-L6-v2 that pools by its first token instead of the mean."""
+    place = folder / "model-cls"
+    shutil.copytree(resolve_model(MODEL), place)
+    pooling = place / "1_Pooling" / "config.json"
+    stated = json.loads(pooling.read_text())
+    pooling.write_text(json.dumps(stated | {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    return place
+
+
+def penstock(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "penstock.pipelines.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def upgraded(file: Path, kills: int, draw: random.Random) -> tuple[dict[str, Any], int]:
+    """Upgrade through so many kills; the last record, and how many kills found something to kill."""
+    killed = 0
+    for _ in range(kills):
+        process = penstock("upgrade", str(file), "--json")
+        try:
+            process.wait(draw.uniform(*KILL_AFTER_S))
+        except subprocess.TimeoutExpired:
+            _kill(process, draw)
+            killed += 1
+        process.wait()
+    process = penstock("upgrade", str(file), "--json")
+    printed, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the upgrade ended with {process.returncode}: {printed[-2_000:]}")
+    record: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return record, killed
+
+
+def _kill(process: subprocess.Popen[str], draw: random.Random) -> None:
+    """kill -9 of the driver, or of one of its workers, after which the driver goes on by itself."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "encoder_process" in " ".join(child.cmdline())]
+    if workers and draw.random() < 0.5:
+        draw.choice(workers).kill()
+        time.sleep(2)
+    process.kill()
+
+
+def read(root: Path, texts: Sequence[str], seen: Seen, stop: threading.Event) -> None:
+    """Ask until told to stop."""
+    draw = np.random.default_rng(SEED)
+    with open_index(str(root), "live", follow=True, every_s=0.5) as index:
+        while not stop.is_set():
+            rows = draw.integers(0, len(texts), BATCH)
+            try:
+                seen.answers.append((rows, index.search([texts[row] for row in rows], K)))
+            except Exception as error:  # any is what the reader must not see
+                seen.errors.append(f"{type(error).__name__}: {error}")
+            time.sleep(PAUSE_S)
+
+
+class Audit:
+    """Checks answers against the vectors of the two versions that they come from."""
+
+    def __init__(self, root: Path, old: str, new: str, texts: Sequence[str]) -> None:
+        self.catalog = Catalog(open_store(str(root)), "live")
+        self.root, self.old, self.new = root, old, new
+        self.vectors = {version: self._stored(version) for version in (old, new)}
+        self.queries = {version: self._encoded(version, texts) for version in (old, new)}
+
+    def mixed(self, rows: np.ndarray, found: Found) -> int:
+        """How many answers of a search have similarities of two spaces, or of none."""
+        if found.ranks_fused:
+            return 0
+        spaces = self._spaces(found.version)
+        wrong = 0
+        for row, ids, similarities in zip(rows.tolist(), found.ids, found.similarities, strict=True):
+            filled = [place for place, name in enumerate(ids) if name is not None]
+            fits = [
+                all(any(abs(near(row, ids[place]) - similarities[place]) < CLOSE for near in space) for place in filled)
+                for space in spaces
+            ]
+            wrong += not any(fits)
+        return wrong
+
+    def _spaces(self, version: str) -> list[list[Any]]:
+        """For each space in which a version may answer: what a similarity there may be."""
+        old, new = (self._similarity(one, self.vectors[one]) for one in (self.old, self.new))
+        manifest = self.catalog.manifest(version)
+        if manifest["format"] != "penstock-mixed/1":
+            return [[old if version == self.old else new]]
+        folder = self.root / self.catalog.version_folder(version)
+        adapter_file = folder / "documents_to_new.safetensors"
+        if not adapter_file.exists():
+            return [[old], [new]]
+        adapter = Adapter.from_bytes(adapter_file.read_bytes())
+        length = float(json.loads(adapter_file.with_suffix(".json").read_text())["length"])
+        mapped = {name: adapter.apply(vector[None])[0] * length for name, vector in self.vectors[self.old].items()}
+        return [[old], [new, self._similarity(self.new, mapped)]]
+
+    def _similarity(self, space: str, vectors: dict[str, np.ndarray]) -> Any:  # noqa: ANN401
+        return lambda row, name: float(self.queries[space][row] @ vectors[name]) if name in vectors else np.inf
+
+    def _encoded(self, version: str, texts: Sequence[str]) -> np.ndarray:
+        with OpenIndex(self.catalog, "audit", self.catalog.manifest(version)) as index:
+            return index.encode(list(texts))
+
+    def _stored(self, version: str) -> dict[str, np.ndarray]:
+        folder = self.root / self.catalog.version_folder(version)
+        found: dict[str, np.ndarray] = {}
+        for path in sorted(folder.glob("*.vectors.arrow")):
+            ids = pa.ipc.open_file(path.with_name(path.name.replace("vectors", "ids"))).read_all().column("id")
+            vectors = pa.ipc.open_file(path).read_all().column("vector").to_pylist()
+            found |= {name: np.array(vector, np.float32) for name, vector in zip(ids.to_pylist(), vectors, strict=True)}
+        return found
+
+
+def recalls(seen: Seen, relevant: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Version → for each answer, whether the document asked for was found, in the order in which versions answered."""
+    found: dict[str, list[float]] = {}
+    for rows, answer in seen.answers:
+        for row, ids in zip(rows.tolist(), answer.ids, strict=True):
+            documents = {str(name).rpartition("#")[0] for name in ids if name is not None}
+            hit = any(f"d{document}" in documents for document in relevant[row])
+            found.setdefault(answer.version, []).append(float(hit))
+    return {version: np.array(values) for version, values in found.items()}
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    texts = docstrings(options.documents, options.documents // 3)
+    settings = write_corpus(folder, texts, options)
+    file = folder / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    if penstock("run", str(file)).wait():
+        raise SystemExit("the old version could not be published")
+    catalog = Catalog(open_store(settings["root"]), "live")
+    old = catalog.alias("live")
+    if old is None:
+        raise SystemExit("the old version has no alias")
+    asked = texts.fitting_queries + texts.queries
+    seen, stop = Seen(), threading.Event()
+    reader = threading.Thread(target=read, args=(folder / "root", asked, seen, stop))
+    reader.start()
+    started = time.monotonic()
+    record, killed = upgraded(file, options.kills, random.Random(SEED))
+    seconds = time.monotonic() - started
+    time.sleep(3)
+    stop.set()
+    reader.join()
+    audit = Audit(folder / "root", old.version, record["flip"]["version"], asked)
+    by_version = recalls(seen, texts.fitting_relevant + texts.relevant)
+    embedded = record["canary"]["sample"]["throughput"]["encoded"] + record["flip"]["encoded"]
+    embedded += sum(step["encoded"] for step in record["backfill"]["steps"])
+    distinct, again = encoded_again(folder / "root")
+    return {
+        "passages": record["flip"]["rows"],
+        "kills": killed,
+        "seconds": round(seconds, 1),
+        "searches": len(seen.answers),
+        "reader_errors": len(seen.errors),
+        "first_error": next(iter(seen.errors), None),
+        "versions_seen": len(by_version),
+        "mixed_answers": sum(audit.mixed(rows, found) for rows, found in seen.answers),
+        "recorded_embeddings": embedded,
+        "distinct_texts": distinct,
+        "wasted_embeddings": again,
+        "recall_by_version": [
+            {"version": version, "answers": len(values), **mean_interval(values, SEED).to_json()}
+            for version, values in by_version.items()
+        ],
+        "steps": [{name: step[name] for name in ("share", "ndcg", "rows")} for step in record["backfill"]["steps"]],
+        "ndcg_new": record["flip"]["ndcg"],
+        "area_under_quality": record["flip"]["area_under_quality"],
+    }
+
+
+def encoded_again(root: Path) -> tuple[int, int]:
+    """Over all finished fragments of the new model, in the order in which they were written: distinct texts, and rows
+    whose text an earlier fragment holds with another vector, which was not copied from there then. Texts that are
+    encoded again in other batches differ in about one of a hundred, so that a few hundred do not go unseen."""
+    folders = [path for path in (root / "stages/embeddings").iterdir() if (path / "record.json").exists()]
+    newest = max(folders, key=lambda path: path.stat().st_mtime_ns)
+    known: dict[bytes, bytes] = {}
+    again = 0
+    for path in sorted(newest.glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns):
+        if path.name.endswith(".dropped.parquet"):
+            continue
+        table = pq.read_table(path, columns=["text_hash", "embedding"])
+        vectors = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        for text, vector in zip(table.column("text_hash").to_pylist(), vectors, strict=True):
+            again += known.setdefault(text, vector.tobytes()) != vector.tobytes()
+    return len(known), again
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = [f"{found['passages']} passages, {found['kills']} kills in {found['seconds']:.0f} s", ""]
+    lines += ["| version | answers | recall@10 [95 %] |", "|---|---|---|"]
+    for one in found["recall_by_version"]:
+        lines.append(
+            f"| {one['version']} | {one['answers']} | {one['estimate']:.3f} [{one['low']:.3f}, {one['high']:.3f}] |"
+        )
+    lines += ["", f"reader: {found['searches']} searches, {found['reader_errors']} errors; mixed answers "]
+    lines[-1] += (
+        f"{found['mixed_answers']}; texts encoded again {found['wasted_embeddings']} of {found['distinct_texts']}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=600)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="folder for corpus and root; without it, one that is removed")
+    parser.add_argument("--json", action="store_true", help="print one last line of JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="penstock-upgrade-") as place:
+        found = measure(options, options.work or Path(place))
+    machine = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine()}
+    sys.stdout.write(markdown(found))
+    if options.json:
+        sys.stdout.write(json.dumps(machine | found) + "\n")
+    lowest = min(one["high"] for one in found["recall_by_version"])
+    first = found["recall_by_version"][0]["low"]
+    sys.exit(
+        1 if found["reader_errors"] or found["mixed_answers"] or found["wasted_embeddings"] or lowest < first else 0
+    )
+
+
+if __name__ == "__main__":
+    main()
