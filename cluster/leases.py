@@ -141,6 +141,12 @@ def acquire(store: Store, name: str, run_id: str, ttl_s: float = DEFAULT_TTL_S) 
     return Lease(store, name, number, run_id, ttl_s)
 
 
+def lease_holder(store: Store, name: str) -> str | None:
+    """Who holds the lease `name` now, in words; None where nobody does."""
+    newest = max(_numbers(store, name), default=0)
+    return _described(store, name, newest) if newest and not _is_over(store, name, newest) else None
+
+
 def _is_over(store: Store, name: str, number: int) -> bool:
     """Whether the holder released the lease, is a dead process of this machine, or was silent for its ttl."""
     if store.info(_path(name, number, "released")) is not None:

@@ -1,20 +1,22 @@
 """Embed a corpus again, the most wanted first, and publish and measure on the way what is there so far."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-from penstock.cluster.catalog import AliasEntry, Catalog, Reason
+from penstock.cluster.catalog import Catalog, Reason
 from penstock.cluster.jobs.priorities import FragmentPriority, PriorityTask, fragment_priorities
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES
-from penstock.cluster.leases import acquire
+from penstock.cluster.leases import Lease, acquire, lease_holder
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import fragment_order, has_fallen
+from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import Codec, Family
 from penstock.pipelines.config import Index, Upgrade
 from penstock.pipelines.gate import failed
@@ -22,7 +24,15 @@ from penstock.pipelines.history import Status, new_run_id
 from penstock.pipelines.loading import Origin
 from penstock.pipelines.measuring_answers import measure_answers
 from penstock.pipelines.mixed import publish_mixed
-from penstock.pipelines.planning import FragmentFacts, Plan, Resolved, embedded_of, finished_fragments, is_trainable
+from penstock.pipelines.planning import (
+    FragmentFacts,
+    Plan,
+    Resolved,
+    content_of,
+    embedded_of,
+    finished_fragments,
+    is_trainable,
+)
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import model_of
 from penstock.pipelines.records import read_json, write_json
@@ -32,11 +42,33 @@ from penstock.pipelines.window import DailyWindow
 
 FRAGMENTS_PER_TASK = 64
 # Fragments for each worker that are embedded before the clock is looked at again, where there is a window.
-FRAGMENTS_BETWEEN_LOOKS = 4
+FRAGMENTS_BETWEEN_LOOKS = 16
+LEASE_PAUSE_S = 5.0
 
 
 class BackfillStopped(Exception):
     """A backfill that went no further, as answers had become worse than before it."""
+
+
+@dataclass
+class AliasHead:
+    """The alias as this upgrade left it: who moves it meanwhile, by a rollback or another publication, is not undone."""
+
+    catalog: Catalog
+    alias: str
+    number: int
+
+    def move(self, version: str, run_id: str, reason: Reason) -> None:
+        """Point the alias to a version.
+
+        Raises:
+            PublishConflict: somebody else moved it.
+        """
+        present = self.catalog.alias(self.alias)
+        if present is not None and present.number == self.number and present.version == version:
+            return
+        entry = self.catalog.move(self.alias, version, expected=self.number, run_id=run_id, reason=reason)
+        self.number = entry.number
 
 
 @dataclass
@@ -45,7 +77,8 @@ class Backfill:
 
     Attributes:
         folder: where the records of the upgrade are.
-        old: the old version and `old_index` how it was built: what parts are built by, where the file says auto.
+        head: the alias.
+        old: the old version, and `old_index` how it was built: what parts are built by, where the file says auto.
         new: the new pipeline, its precision decided; facts: its passages fragments.
         bridge: the folder of adapters that passed their gate, or None.
     """
@@ -56,6 +89,7 @@ class Backfill:
     origin: Origin
     folder: str
     settings: Upgrade
+    head: AliasHead
     old: str
     old_index: Index
     new: Resolved
@@ -70,20 +104,40 @@ class Backfill:
         """The steps that are missing; the records of all.
 
         Raises:
-            BackfillStopped: what was measured of a step is worse than the first, beyond its confidence interval.
+            BackfillStopped: what was measured of a step is worse than before, beyond its confidence interval.
+            PublishConflict: somebody else moved the alias.
         """
-        records: list[dict[str, Any]] = []
-        parts = self.parts()
+        self.start()
+        done = self.recorded()[-1]["share"]
+        parts = [part for part in self.parts() if self._share(part) > done]
         with self.reporter.stage("backfill", len(parts), "steps") as advance:
-            for number, fragments in enumerate(parts):
-                record = self._step(number, fragments, records[0] if records else None)
-                records.append(record)
+            for part in parts:
+                record = self._step(part)
                 advance(1, f"{record['share']:.0%} embedded, {quality_text(record)}")
-        return records
+        return self.recorded()
 
     def start(self) -> dict[str, Any]:
-        """The first step alone: the old version, as one of which nothing is in the new space yet."""
-        return self._step(0, [], None)
+        """The step from which to go on: the last one, if it is still published, else one of as much as it had; at the
+        beginning the old version, as one of which nothing is in the new space yet. The alias points to it then."""
+        records = self.recorded()
+        if not records:
+            return self._step([])
+        last = records[-1]
+        if not self.catalog.has_manifest(last["version"]):
+            grown = [part for part in self.parts() if self._share(part) >= last["share"]]
+            return self._step(grown[0] if grown else self.parts()[-1])
+        self.head.move(last["version"], new_run_id(f"{self.new.pipeline.name}-backfill"), Reason.BACKFILL)
+        return last
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """The records of the steps that were published, in their order."""
+        names = sorted(self.store.names(f"{self.folder}/steps"))
+        found = [read_json(self.store, f"{self.folder}/steps/{name}") for name in names]
+        return [record for record in found if record is not None]
+
+    def embed_all(self) -> int:
+        """The vectors that are missing of the whole corpus, while the window is open; how many were encoded."""
+        return self._embed([fact.passages for fact in self.facts if fact.kept])
 
     def parts(self) -> list[list[str]]:
         """The passages fragments of each step, which holds those of the steps before it: none in the first, and in the
@@ -106,11 +160,14 @@ class Backfill:
         return sorted(kept, key=lambda fact: (fact.passages not in first, places[fact.passages]))
 
     def _known_order(self, fragments: list[str]) -> list[str]:
-        """The order of these fragments, found once."""
+        """The order of these fragments by what is wanted, found once."""
         path = f"{self.folder}/order.json"
+        settings = self.settings
+        log = None if settings.log is None else content_of(settings.log)
+        asked = fingerprint(fragments=fingerprint_set(fragments), traffic=settings.traffic, log=log)
         record = read_json(self.store, path)
-        if record is None or set(record["fragments"]) != set(fragments):
-            record = {"fragments": self._order(fragments)}
+        if record is None or record["asked"] != asked:
+            record = {"asked": asked, "fragments": self._order(fragments)}
             write_json(self.store, path, record)
         order: list[str] = record["fragments"]
         return order
@@ -153,42 +210,72 @@ class Backfill:
             asked = self.session.run(wanted_documents, replace(task, log=self.settings.log))
         return asked, self.session.run(wanted_documents, task)
 
-    def _step(self, number: int, fragments: list[str], first: dict[str, Any] | None) -> dict[str, Any]:
+    def _step(self, fragments: list[str]) -> dict[str, Any]:
         """One step: embed, build, publish, measure, and point the alias to it if answers are no worse."""
-        path = f"{self.folder}/steps/{number:03d}.json"
-        record = read_json(self.store, path)
-        if record is not None and record["fragments"] == len(fragments) and self._is_published(record):
-            return record
         started = time.monotonic()
+        number = len(self.store.names(f"{self.folder}/steps"))
         encoded = self._embed(fragments)
         part = self._build(fragments) if fragments else None
         run_id = new_run_id(f"{self.new.pipeline.name}-backfill")
-        with acquire(self.store, self.new.pipeline.name, run_id) as lease:
+        with self._lease(run_id) as lease:
             manifest = self._publish(run_id, part)
-            version = manifest["version"]
             record = {
-                **measure_answers(self.session, self.store.url, manifest, self.old, self.new),
+                **self.measured(manifest),
                 "step": number,
-                "version": version,
+                "version": manifest["version"],
                 "part": part,
                 "fragments": len(fragments),
                 "rows": self._rows(fragments),
-                "share": self._rows(fragments) / max(1, self._rows(None)),
+                "share": self._share(fragments),
                 "encoded": encoded,
                 "seconds": round(time.monotonic() - started, 1),
             }
-            refuse_fall(first, record, self.settings)
+            if fragments:  # the first step is what all others are compared with
+                refuse_fall(self.least(), record, self.settings)
             lease.check()
-            self._point(version, run_id)
-        write_json(self.store, path, record)
+            write_json(self.store, f"{self.folder}/steps/{number:03d}.json", record)
+            self.head.move(manifest["version"], run_id, Reason.BACKFILL)
         return record
 
-    def _is_published(self, record: dict[str, Any]) -> bool:
-        return self.catalog.has_manifest(record["version"])
+    def measured(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """What a version answers, and which questions that is about."""
+        evaluate = self.new.pipeline.evaluate
+        files = [content_of(path) for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
+        found = measure_answers(self.session, self.store.url, manifest, self.old, self.new)
+        return found | {"asked": fingerprint(files=files, k=evaluate.k, queries=str(evaluate.queries))}
+
+    def baseline(self) -> dict[str, Any]:
+        """What the old version answers to the questions of the file."""
+        path = f"{self.folder}/baseline.json"
+        record = read_json(self.store, path)
+        evaluate = self.new.pipeline.evaluate
+        files = [content_of(path) for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
+        asked = fingerprint(files=files, k=evaluate.k, queries=str(evaluate.queries))
+        if record is None or record["asked"] != asked:
+            record = self.measured(self.catalog.manifest(self.old)) | {"version": self.old}
+            write_json(self.store, path, record)
+        return record
+
+    def least(self) -> dict[str, Any]:
+        """What steps are compared with: the old version, or the first step where that is less, as it is where queries
+        pass a bridge."""
+        before, first = self.baseline(), self.recorded()[0]
+        lower = "ndcg" in first and first["asked"] == before["asked"] and first["ndcg"] < before["ndcg"]
+        return first if lower else before
+
+    @contextmanager
+    def _lease(self, run_id: str) -> Iterator[Lease]:
+        """The index's lease, as soon as it is free: a scheduled run does not end a backfill of days."""
+        self._wait_for_others()
+        with acquire(self.store, self.new.pipeline.name, run_id) as lease:
+            yield lease
 
     def _rows(self, fragments: Sequence[str] | None) -> int:
         wanted = None if fragments is None else set(fragments)
         return sum(fact.kept for fact in self.facts if wanted is None or fact.passages in wanted)
+
+    def _share(self, fragments: Sequence[str]) -> float:
+        return self._rows(fragments) / max(1, self._rows(None))
 
     def _embed(self, fragments: list[str]) -> int:
         """The vectors of fragments that are missing, while the window is open; how many passages were encoded."""
@@ -198,14 +285,15 @@ class Backfill:
         window = None if self.settings.window is None else DailyWindow.parse(self.settings.window)
         size = len(todo)
         if window is not None:
-            size = FRAGMENTS_BETWEEN_LOOKS * (self.new.pipeline.embedding.workers.count or 1)
+            workers = self.new.pipeline.embedding.workers
+            size = FRAGMENTS_BETWEEN_LOOKS * (workers.count or int(self.session.resources().get("CPU", 1)))
         encoded = 0
         for start in range(0, len(todo), max(size, 1)):
             self._wait(window)
+            self._wait_for_others()
             part = Part(frozenset(todo[start : start + size]), self.folder)
-            encoded += embed_part(
-                self._plan(self.new), self.origin, self.store, self.session, self.reporter, part
-            ).encoded
+            work = embed_part(self._plan(self.new), self.origin, self.store, self.session, self.reporter, part)
+            encoded += work.encoded
         return encoded
 
     def _wait(self, window: DailyWindow | None) -> None:
@@ -213,10 +301,20 @@ class Backfill:
             self.reporter.note(f"waiting for the window {self.settings.window}: {pause_s / 3600:.1f} hours")
             time.sleep(min(pause_s, 3600.0))
 
+    def _wait_for_others(self) -> None:
+        """Wait until no run of this index is under way."""
+        name, told = self.new.pipeline.name, False
+        while (holder := lease_holder(self.store, name)) is not None:
+            if not told:
+                self.reporter.note(f"waiting for {holder} of index {name} to end")
+            told = True
+            time.sleep(LEASE_PAUSE_S)
+
     def _build(self, fragments: list[str]) -> str:
         """A version of these fragments alone, which no alias points to."""
         resolved = part_of(self.new, self.old_index, self._rows(fragments))
         part = Part(frozenset(fragments), self.folder)
+        self._wait_for_others()
         report = execute(self._plan(resolved), self.origin, self.store, self.session, self.reporter, part)
         if report.status is Status.GATE_FAILED:
             missed = "; ".join(f"{one.name} {one.measured:.4f} against {one.bound:g}" for one in failed(report.checks))
@@ -235,27 +333,20 @@ class Backfill:
         queries = self.settings.queries
         return publish_mixed(self.session, self.catalog, run_id, self.old, part, self.bridge, queries, model)
 
-    def _point(self, version: str, run_id: str) -> AliasEntry | None:
-        alias = self.new.pipeline.publish.alias
-        present = self.catalog.alias(alias) if alias else None
-        if alias is None or present is None or present.version == version:
-            return present
-        return self.catalog.move(alias, version, expected=present.number, run_id=run_id, reason=Reason.BACKFILL)
 
-
-def refuse_fall(first: dict[str, Any] | None, record: dict[str, Any], settings: Upgrade) -> None:
-    """The stop-loss: ranking quality query by query against the first step, where there are judgements.
+def refuse_fall(before: dict[str, Any], record: dict[str, Any], settings: Upgrade) -> None:
+    """The stop-loss: ranking quality query by query against what was before, where there are judgements.
 
     Raises:
         BackfillStopped: the mean is below, beyond the confidence interval of the difference.
     """
-    if first is None or "ndcg" not in first or "ndcg" not in record:
+    if "ndcg" not in before or before["asked"] != record["asked"]:
         return
-    before, now = (np.array(one["per_query"]["ndcg"]) for one in (first, record))
-    if has_fallen(before * (1 - settings.tolerance), now, settings.seed):
+    old, now = (np.array(one["per_query"]["ndcg"]) for one in (before, record))
+    if has_fallen(old * (1 - settings.tolerance), now, settings.seed):
         raise BackfillStopped(
-            f"version {record['version']}: ndcg ({now.mean():.4f}) must not be below that of the start of the backfill "
-            f"({before.mean():.4f}) beyond the confidence interval; the alias stays where it is. Look at the canary, "
+            f"version {record['version']}: ndcg ({now.mean():.4f}) must not be below the {old.mean():.4f} of version "
+            f"{before['version']} beyond the confidence interval; the alias stays where it is. Look at the canary, "
             "raise upgrade.tolerance to go on, or return with `penstock rollback`"
         )
 

@@ -12,12 +12,14 @@ from typing import Any
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store, open_store
+from penstock.pipelines.backfilling import AliasHead
 from penstock.pipelines.canary import ModelTrial
 from penstock.pipelines.canary_sample import SAMPLE_PASSAGES
 from penstock.pipelines.config import Level, PipelineFile
 from penstock.pipelines.diffing import Difference, compare
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
 from penstock.pipelines.mixed_format import is_mixed
+from penstock.pipelines.model_pair import refuse_other_model
 from penstock.pipelines.planning import Plan, alias_head, decided_before, make_plan, resolve
 from penstock.pipelines.progress import Reporter, SilentReporter
 from penstock.pipelines.running import Report, curve_of_duplicates, execute, tune
@@ -25,6 +27,7 @@ from penstock.pipelines.upgrading import (
     UpgradeStep,
     Upgrading,
     base_of,
+    check_log,
     old_pipeline,
     refuse_other_space,
     refuse_same_space,
@@ -129,15 +132,18 @@ class Pipeline:
             As `run` otherwise.
         """
         store = self.store
+        number = alias_head(self.config, store)
         base = base_of(store, self.config)
         new = with_model(self.config, model)
-        plan = make_plan(resolve(new, self.origin), store, alias_head(new, store))
-        old = resolve(old_pipeline(store, self.config, base), self.origin)
+        check_log(new, self.origin)
+        plan = make_plan(resolve(new, self.origin), store, number)
         refuse_same_space(base, plan.resolved)
+        old = decided_before(resolve(old_pipeline(store, self.config, base), self.origin), store)
+        refuse_other_model(old, base.manifest)
+        head = AliasHead(Catalog(store, self.config.name), str(self.config.publish.alias), number)
+        reporter = reporter or SilentReporter()
         with _stop_on_sigterm(), Session() as session:
-            upgrading = Upgrading(
-                session, store, reporter or SilentReporter(), self.origin, base, decided_before(old, store), plan
-            )
+            upgrading = Upgrading(session, store, reporter, self.origin, base, old, new, plan, head)
             return upgrading.run(until)
 
     def dedup_curve(self, reporter: Reporter | None = None) -> dict[str, Any]:

@@ -667,7 +667,7 @@ def _transforms_fingerprint(resolved: Resolved, members: str) -> str | None:
 def _transforming(resolved: Resolved) -> dict[str, Any]:
     """The steps of the transforms, and the queries that they are fitted to."""
     index = resolved.pipeline.index
-    queries = [] if index.queries is None else [_content(index.queries), resolved.query_encoder.fingerprint()]
+    queries = [] if index.queries is None else [content_of(index.queries), resolved.query_encoder.fingerprint()]
     return {"steps": [step_to_json(step) for step in index.steps()], "queries": queries}
 
 
@@ -999,11 +999,11 @@ def _evaluation_inputs(resolved: Resolved) -> list[str]:
     paths = [path for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
     contents = []
     for path in paths:
-        contents.append(_content(path))
+        contents.append(content_of(path))
     return [*contents, resolved.query_encoder.fingerprint()]
 
 
-def _content(path: str) -> str:
+def content_of(path: str) -> str:
     """sha256 of a file."""
     store, name = split_path(path)
     return hashlib.sha256(store.read(name)).hexdigest()

@@ -1,7 +1,7 @@
 """What an upgrade will take: rows and tokens to embed, worker-hours, money, when it ends, and storage meanwhile."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,33 +16,40 @@ HOURS_PER_MONTH = 730.0
 class Pace:
     """How fast one encoder worker was, measured on a sample of the corpus, and how many there are."""
 
-    tokens_per_s: float
+    tokens_per_s: float | None
     workers: int
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Bytes that are there beside the old version until clean-up takes that: vectors, and the index over them."""
+    """Bytes that are there beside the old version until clean-up: vectors, and versions over all or parts of them."""
 
     vectors: int
-    index: int
+    versions: int
+
+    @classmethod
+    def of(cls, rows: int, vector_bytes: int, version_bytes_per_row: float, steps: int) -> "Overlap":
+        """For a corpus of so many rows, whose parts (one more at each step) are versions of their own."""
+        whole = rows * version_bytes_per_row
+        return cls(rows * vector_bytes, round(whole * (1 + (steps - 1) / 2)))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is left to do, and what it takes. Times are those of embedding; cutting and building are not in them."""
+    """What is left to do, and what it takes. Times are those of embedding; cutting and building are not in them. None
+    is what a pace is needed for that was not measured, as all vectors of the sample were known."""
 
     rows: int
     rows_to_embed: int
     tokens_to_embed: int
-    tokens_per_s_per_worker: float
+    tokens_per_s_per_worker: float | None
     workers: int
-    worker_hours: float
-    hours: float
-    finishes: str
-    cost: float
+    worker_hours: float | None
+    hours: float | None
+    finishes: str | None
+    cost: float | None
     overlap_bytes: int
-    overlap_cost: float
+    overlap_cost: float | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,34 +70,35 @@ def forecast(
         done: passages fragments whose vectors are there.
         overlap: for the whole corpus.
         now: local time.
-
-    Raises:
-        ValueError: there are tokens to embed, and no pace.
     """
     kept = [fact for fact in facts if fact.kept]
     todo = [fact for fact in kept if fact.passages not in done]
     tokens = sum(fact.tokens for fact in todo)
-    if tokens and not pace.tokens_per_s:
-        raise ValueError(
-            f"sample of the new model must hold a passage that was not embedded before, as {tokens:,} tokens are left "
-            "and their pace is unknown; raise upgrade.sample"
-        )
-    worker_hours = tokens / pace.tokens_per_s / 3600 if tokens else 0.0
-    busy = timedelta(hours=worker_hours / pace.workers)
-    end = finish(now, busy, window)
-    hours = (end - now).total_seconds() / 3600
-    stored = overlap.vectors + overlap.index
-    return Forecast(
+    stored = overlap.vectors + overlap.versions
+    known = Forecast(
         rows=sum(fact.kept for fact in kept),
         rows_to_embed=sum(fact.kept for fact in todo),
         tokens_to_embed=tokens,
-        tokens_per_s_per_worker=round(pace.tokens_per_s, 1),
+        tokens_per_s_per_worker=pace.tokens_per_s,
         workers=pace.workers,
+        worker_hours=None,
+        hours=None,
+        finishes=None,
+        cost=None,
+        overlap_bytes=stored,
+        overlap_cost=None,
+    )
+    if tokens and not pace.tokens_per_s:
+        return known
+    worker_hours = tokens / pace.tokens_per_s / 3600 if pace.tokens_per_s else 0.0
+    end = finish(now, timedelta(hours=worker_hours / pace.workers), window)
+    hours = (end - now).total_seconds() / 3600
+    return replace(
+        known,
         worker_hours=round(worker_hours, 3),
         hours=round(hours, 3),
         finishes=end.isoformat(timespec="minutes"),
         cost=round(worker_hours * prices.worker_hour, 2),
-        overlap_bytes=stored,
         overlap_cost=round(stored / 1e9 * prices.gb_month * hours / HOURS_PER_MONTH, 2),
     )
 

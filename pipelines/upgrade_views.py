@@ -49,13 +49,27 @@ def _upgrade_plan(plan: dict[str, Any]) -> RenderableType:
     reused = ", ".join(name.replace("_", " ") for name, kept in plan["reused"].items() if kept) or "nothing"
     for name, value in (
         ("passages to embed", f"{plan['rows_to_embed']:,} of {plan['rows']:,}, {plan['tokens_to_embed']:,} tokens"),
-        ("measured", f"{plan['tokens_per_s_per_worker']:,.0f} tokens/s a worker, {plan['workers']} workers"),
-        ("takes", f"{plan['worker_hours']:,.2f} worker-hours, until {plan['finishes']}, cost {plan['cost']:,.2f}"),
-        ("storage meanwhile", f"{plan['overlap_bytes']:,} bytes, cost {plan['overlap_cost']:,.2f}"),
+        *_times(plan),
         ("reused", reused),
     ):
         table.add_row(name, value)
     return table
+
+
+def _times(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    storage = f"{plan['overlap_bytes']:,} bytes"
+    if plan["worker_hours"] is None:
+        return [("takes", "not known, as all of the sample was embedded before"), ("storage meanwhile", storage)]
+    pace = plan["tokens_per_s_per_worker"]
+    return [
+        ("measured", f"{pace:,.0f} tokens/s a worker" if pace else "nothing, as nothing is left"),
+        (
+            "takes",
+            f"{plan['worker_hours']:,.2f} worker-hours of {plan['workers']} workers, until {plan['finishes']}, "
+            f"cost {plan['cost']:,.2f}",
+        ),
+        ("storage meanwhile", f"{storage}, cost {plan['overlap_cost']:,.2f}"),
+    ]
 
 
 def _backfill_table(steps: list[dict[str, Any]]) -> RenderableType:

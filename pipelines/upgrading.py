@@ -20,13 +20,14 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import area_under_quality
 from penstock.operators.identity import fingerprint
-from penstock.pipelines.backfilling import Backfill, BackfillStopped, refuse_fall
+from penstock.pipelines.backfilling import AliasHead, Backfill, BackfillStopped, refuse_fall
 from penstock.pipelines.bridges import answers_through_bridge, fit_bridges
 from penstock.pipelines.canary import canary
 from penstock.pipelines.canary_sample import Canary, TakenSample
-from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade
+from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade, Workers
+from penstock.pipelines.embedding import Embedding as EmbeddingStage
 from penstock.pipelines.history import new_run_id, read_run
-from penstock.pipelines.loading import Origin
+from penstock.pipelines.loading import Origin, PipelineFileInvalid
 from penstock.pipelines.measuring_answers import measure_answers
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.model_pair import ModelPair
@@ -39,6 +40,7 @@ from penstock.pipelines.planning import (
     finished_fragments,
     make_plan,
     resolve,
+    split_path,
     vector_bytes,
 )
 from penstock.pipelines.progress import Reporter
@@ -79,7 +81,8 @@ class Upgrading:
 
     Attributes:
         old: the pipeline of the old version, as it was run.
-        plan: of the new pipeline.
+        asked: the pipeline file with the new model; plan: of it.
+        head: the alias, as the plan found it.
     """
 
     session: Session
@@ -88,7 +91,9 @@ class Upgrading:
     origin: Origin
     base: Base
     old: Resolved
+    asked: PipelineFile
     plan: Plan
+    head: AliasHead
 
     @property
     def settings(self) -> Upgrade:
@@ -108,9 +113,7 @@ class Upgrading:
         """Where this upgrade is recorded: named by what it leads from and to, not by the corpus, which may change
         meanwhile."""
         new = self.plan.resolved
-        name = fingerprint(
-            old=self.base.version, encoder=new.decision_fingerprint, passages=new.stage_fingerprint(PASSAGES)
-        )
+        name = fingerprint(old=self.base.version, new=identity_of(new), passages=new.stage_fingerprint(PASSAGES))
         return f"{UPGRADES}/{new.pipeline.name}/{name[:ID_HEX_DIGITS]}"
 
     def run(self, until: UpgradeStep) -> dict[str, Any]:
@@ -125,7 +128,9 @@ class Upgrading:
             "old": _model_facts(self.base.manifest),
             "new": self.plan.resolved.encoder.model,
         }
-        write_json(self.store, f"{self.folder}/upgrade.json", record)
+        resolved = self.prepared[0]
+        kept = [[stage, resolved.stage_fingerprint(stage)] for stage in (PASSAGES, EMBEDDINGS)]
+        write_json(self.store, f"{self.folder}/upgrade.json", record | {"keep": kept})
         steps: dict[UpgradeStep, Callable[[], Any]] = {
             UpgradeStep.PLAN: self.forecast,
             UpgradeStep.CANARY: self.canary,
@@ -142,14 +147,18 @@ class Upgrading:
     def forecast(self) -> dict[str, Any]:
         """What is left to do, and what it takes: anew each time."""
         resolved, facts = self.prepared
+        pace = self._pace()
         embedded = embedded_of(resolved, facts)
         done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
         names = frozenset(name for name, fragment in embedded.embeddings.items() if fragment in done)
-        index = self.base.manifest["bytes_per_vector"] * resolved.encoder.dimension / self.base.manifest["dimension"]
-        overlap = Overlap(embedded.rows * vector_bytes(resolved), round(embedded.rows * index))
-        settings = self.settings
+        settings, manifest = self.settings, self.base.manifest
+        stored = sum(file["size_bytes"] for shard in manifest["shards"] for file in shard["files"])
+        grown = resolved.encoder.dimension / manifest["dimension"]
+        overlap = Overlap.of(
+            embedded.rows, vector_bytes(resolved), stored / max(1, manifest["rows"]) * grown, settings.steps
+        )
         window = None if settings.window is None else DailyWindow.parse(settings.window)
-        found = forecast(facts, names, self._pace(), overlap, settings.prices, window, datetime.now())
+        found = forecast(facts, names, pace, overlap, settings.prices, window, datetime.now())
         record = found.to_json() | {"reused": self._reused(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(self.store, f"{self.folder}/plan.json", record)
         return record
@@ -203,6 +212,7 @@ class Upgrading:
             self.origin,
             self.folder,
             self.settings,
+            self.head,
             self.base.version,
             old.pipeline.index,
             resolved,
@@ -211,59 +221,62 @@ class Upgrading:
         )
 
     def _pace(self) -> Pace:
-        measured = self._taken.about["throughput"]
-        if measured is None:  # all of the sample was known
-            return Pace(0.0, 1)
-        return Pace(measured["tokens_per_s_by_worker"], measured["workers"])
+        """The workers of the whole job, and how fast one was on the sample, now or when that was embedded first."""
+        resolved, facts = self.prepared
+        kept = sum(fact.kept > 0 for fact in facts)
+        run_id = new_run_id(f"{self.catalog.index}-plan")
+        encoders = EmbeddingStage(self.session, self.store, self.reporter, resolved, self.origin, run_id)
+        path = f"{self.folder}/pace.json"
+        measured = self._taken.about["throughput"] or read_json(self.store, path)
+        if measured is not None:
+            write_json(self.store, path, measured)
+        rate = None if measured is None else measured["tokens_per_s_by_worker"]
+        return Pace(rate, encoders.pool(kept).most)
 
     def flip(self) -> dict[str, Any]:
         """Publish the whole corpus in the new space, and point the alias to it if that is no worse than before."""
-        path = f"{self.folder}/flip.json"
-        publish = self.plan.resolved.pipeline.publish
-        pipeline = self.plan.resolved.pipeline.model_copy(
-            update={"publish": publish.model_copy(update={"alias": None})}
-        )
-        plan = make_plan(resolve(pipeline, self.origin), self.store, 0)
-        report = None if plan.up_to_date else execute(plan, self.origin, self.store, self.session, self.reporter)
-        version = plan.version if report is None else report.version
-        manifest = self.catalog.manifest(str(version))
-        missed = [check for check in manifest["gate"] if not check["passed"]]
-        record = measure_answers(self.session, self.store.url, manifest, self.base.version, plan.resolved)
-        entries = [] if report is None else [one for one in report.entries if one.stage == EMBEDDINGS]
-        encoded = sum(entry.encoded for entry in entries)
-        record |= {"version": version, "rows": manifest["rows"], "encoded": encoded, "gate": manifest["gate"]}
+        backfill = self._backfill
+        encoded = backfill.embed_all()
+        version, more = self._published()
+        manifest = self.catalog.manifest(version)
+        missed = [check["name"] for check in manifest["gate"] if not check["passed"]]
         if missed:
             raise BackfillStopped(
-                f"version {version} failed its gate ({', '.join(check['name'] for check in missed)}): the alias stays "
-                "where it is; `penstock status` has the figures"
+                f"version {version} failed its gate ({', '.join(missed)}): the alias stays where it is; "
+                "`penstock versions` has the figures"
             )
-        refuse_fall(self._first_step(), record, self.settings)
-        record |= self._move(str(version), publish.alias)
+        record = backfill.measured(manifest) | {
+            "version": version,
+            "rows": manifest["rows"],
+            "encoded": encoded + more,
+            "gate": manifest["gate"],
+            "alias": self.plan.resolved.pipeline.publish.alias,
+            "previous": self.base.version,
+        }
+        refuse_fall(backfill.baseline(), record, self.settings)
         record["area_under_quality"] = self._area(record)
-        write_json(self.store, path, record)
+        write_json(self.store, f"{self.folder}/flip.json", record)
+        run_id = new_run_id(f"{self.catalog.index}-flip")
+        with acquire(self.store, self.catalog.index, run_id) as lease:
+            lease.check()
+            self.head.move(version, run_id, Reason.UPGRADE)
         return _without_queries(record)
 
-    def _move(self, version: str, alias: str | None) -> dict[str, Any]:
-        run_id = new_run_id(f"{self.catalog.index}-flip")
-        if alias is None:
-            return {"alias": None}
-        with acquire(self.store, self.catalog.index, run_id) as lease:
-            present = self.catalog.alias(alias)
-            if present is not None and present.version == version:
-                return {"alias": alias, "previous": present.previous}
-            lease.check()
-            number = present.number if present else 0
-            self.catalog.move(alias, version, expected=number, run_id=run_id, reason=Reason.UPGRADE)
-        return {"alias": alias, "previous": self.base.version}
-
-    def _first_step(self) -> dict[str, Any] | None:
-        return read_json(self.store, f"{self.folder}/steps/000.json")
+    def _published(self) -> tuple[str, int]:
+        """The version of the corpus as it is now, and how many passages were encoded for it."""
+        publish = self.plan.resolved.pipeline.publish.model_copy(update={"alias": None})
+        pipeline = self.plan.resolved.pipeline.model_copy(update={"publish": publish})
+        plan = make_plan(resolve(self.asked.model_copy(update={"publish": publish}), self.origin), self.store, 0)
+        if plan.up_to_date:
+            return str(plan.version), 0
+        report = execute(plan, self.origin, self.store, self.session, self.reporter)
+        entries = [one for one in report.entries if one.stage == EMBEDDINGS]
+        return report.version, sum(entry.encoded for entry in entries)
 
     def _area(self, last: dict[str, Any]) -> float | None:
         """Mean nDCG over the whole backfill; None without judgements."""
-        names = sorted(self.store.names(f"{self.folder}/steps"))
-        steps = [read_json(self.store, f"{self.folder}/steps/{name}") or {} for name in names]
-        points = {step["share"]: step["ndcg"] for step in steps if "ndcg" in step} | {1.0: last.get("ndcg")}
+        steps = [step for step in self._backfill.recorded() if "ndcg" in step and step["asked"] == last["asked"]]
+        points = {step["share"]: step["ndcg"] for step in steps} | {1.0: last.get("ndcg")}
         if 0.0 not in points or points[1.0] is None:
             return None
         shares = np.array(sorted(points))
@@ -273,9 +286,10 @@ class Upgrading:
         """What of the old version's making serves the new one too."""
         old, new = self.old, self.plan.resolved
         passages = old.stage_fingerprint(PASSAGES) == new.stage_fingerprint(PASSAGES)
+        links = passages and new.pipeline.deduplicate.type != "semantic"  # which is decided by the new vectors
         layout = ("shards", "sharding")
         same = all(getattr(old.pipeline.index, name) == getattr(new.pipeline.index, name) for name in layout)
-        return {"passages": passages, "duplicates": passages, "shard_layout": same}
+        return {"passages": passages, "duplicates": links, "shard_layout": same}
 
 
 def base_of(store: Store, pipeline: PipelineFile) -> Base:
@@ -331,10 +345,10 @@ def refuse_other_space(manifest: dict[str, Any], new: Resolved) -> None:
 
 
 def _is_of(recorded: dict[str, Any], new: Resolved) -> bool:
-    return all(recorded[name] == value for name, value in _identity(new).items())
+    return all(recorded[name] == value for name, value in identity_of(new).items())
 
 
-def _identity(new: Resolved) -> dict[str, Any]:
+def identity_of(new: Resolved) -> dict[str, Any]:
     """What tells spaces apart, as manifests name it; precision does not, which only decides how exactly they are
     met."""
     encoder = new.encoder
@@ -352,22 +366,39 @@ def _identity(new: Resolved) -> dict[str, Any]:
 
 def with_model(pipeline: PipelineFile, model: str | None) -> PipelineFile:
     """The pipeline file with the new model: that given, or the file's section `upgrade`, or its own embedding, for a
-    file in which the model was changed already."""
+    file in which the model was changed already; with no more workers than the upgrade may have."""
     settings = pipeline.upgrade
-    if model is None and settings.embedding is not None:
-        return pipeline.model_copy(update={"embedding": settings.embedding})
-    name = model or settings.model or pipeline.embedding.model
-    workers = pipeline.embedding.workers
+    embedding = settings.embedding or pipeline.embedding
+    embedding = embedding.model_copy(update={"model": model or settings.model or embedding.model})
     if settings.max_workers is not None:
-        workers = workers.model_copy(update={"count": settings.max_workers, "min": None, "max": None})
-    changed = pipeline.embedding.model_copy(update={"model": name, "workers": workers})
-    return pipeline.model_copy(update={"embedding": changed})
+        embedding = embedding.model_copy(update={"workers": _at_most(embedding.workers, settings.max_workers)})
+    return pipeline.model_copy(update={"embedding": embedding})
+
+
+def _at_most(workers: Workers, most: int) -> Workers:
+    if workers.count is not None:
+        return workers.model_copy(update={"count": min(workers.count, most)})
+    return workers.model_copy(update={"min": min(workers.min or 1, most), "max": min(workers.max or most, most)})
+
+
+def check_log(pipeline: PipelineFile, origin: Origin) -> None:
+    """Refuse a log of queries that is not there, before work starts.
+
+    Raises:
+        PipelineFileInvalid: naming the path.
+    """
+    log = pipeline.upgrade.log
+    if log is not None:
+        store, name = split_path(log)
+        if store.info(name) is None:
+            rule = f"({log}) must be a file, there is none; check the path"
+            raise PipelineFileInvalid([origin.problem("upgrade.log", rule)])
 
 
 def old_pipeline(store: Store, pipeline: PipelineFile, base: Base) -> PipelineFile:
     """The file with the model and the passages that a version was made with, as its run recorded them."""
     record = read_run(store, str(base.manifest["run_id"]))
-    if record is None:
+    if record is None:  # cleaned up: the file has to name the old model itself
         return pipeline
     made = record["pipeline"]
     sections = {

@@ -36,6 +36,17 @@ def test_nothing_left_takes_no_time() -> None:
     assert (found.worker_hours, found.finishes) == (0.0, "2026-11-21T12:00")
 
 
+def test_without_a_pace_what_depends_on_it_is_not_said() -> None:
+    found = forecast([fact("a", 5, 99)], frozenset(), Pace(None, 2), Overlap(10, 5), Prices(), None, NOON)
+    assert (found.rows_to_embed, found.tokens_to_embed, found.overlap_bytes) == (5, 99, 15)
+    assert (found.worker_hours, found.finishes, found.cost) == (None, None, None)
+
+
+def test_parts_are_stored_besides_the_whole() -> None:
+    assert Overlap.of(100, 8, 20.0, steps=1) == Overlap(800, 2_000)
+    assert Overlap.of(100, 8, 20.0, steps=3) == Overlap(800, 4_000)  # a third, two thirds, all
+
+
 @pytest.mark.parametrize(
     ("hours", "window", "end"),
     [
