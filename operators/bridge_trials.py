@@ -3,6 +3,11 @@
 New queries to the old index are judged by what they find there, against what the old model finds. Old documents in the
 new space are judged where that is hardest: among documents that were embedded again, so that a document which is only
 mapped has to be found beside them. Documents that are judged lie in no fit.
+
+Adapters of documents are chosen by the same measure, not by neighbours alone: from a static table to all-MiniLM-L6-v2,
+on 4,000 scientific abstracts, the rotation that agrees best with true neighbours recovers 0.05 of the old model's
+recall, the network that finds most relevant documents 0.81; from its first 3 layers to it, on 2,000 abstracts and
+their titles, 1.08 and 1.52.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,6 +43,7 @@ from penstock.operators.paired_samples import (
     relevant,
 )
 
+FEWEST_CHOOSING = 20  # judged queries of the first half whose documents are fitted to in turn
 UNSEEN_SHARE = 4  # one document in so many is not fitted to, and judges
 
 
@@ -145,13 +151,17 @@ def _documents_to_new(sample: PairedSample) -> _Setup:
     rest = np.setdiff1d(np.arange(len(sample.document_ids)), unseen_rows)
     fitted = Sample(Pairs(old.documents[rest], new.documents[rest]))
     unseen = Pairs(old.documents[unseen_rows], new.documents[unseen_rows])
-    asked = Trial(Direction.DOCUMENTS_TO_NEW, fitted.documents, new.queries[fitting])
+    held_out = partial(agreement, trial=Trial(Direction.DOCUMENTS_TO_NEW, fitted.documents, new.queries[fitting]))
     trial = Trial(Direction.DOCUMENTS_TO_NEW, unseen, new.queries[judging])
+    choosing = len(_asking(sample, fitting, rest)) >= FEWEST_CHOOSING
+
+    def quality(adapter: Adapter, rows: np.ndarray) -> np.ndarray:
+        return _recall_of_mapped(sample, adapter, rest[rows], _asking(sample, fitting, rest[rows]))
 
     def judged(adapter: Adapter) -> np.ndarray:
         if sample.relevance is None:
             return agreement(adapter, None, trial)
-        return _recall_of_mapped(sample, adapter, unseen, unseen_rows)
+        return _recall_of_mapped(sample, adapter, unseen_rows, judging)
 
     def figures(adapter: Adapter) -> dict[str, Any]:
         name = "agreement" if sample.relevance is None else "recall"
@@ -161,8 +171,8 @@ def _documents_to_new(sample: PairedSample) -> _Setup:
         source=old,
         target=new,
         fitted=fitted,
-        quality=partial(agreement, trial=asked),
-        fidelity=None,
+        quality=quality if choosing else held_out,
+        fidelity=held_out if choosing else None,
         unseen=unseen,
         judged=judged,
         reference=np.ones(len(judging)) if sample.relevance is None else _old_recall(sample, unseen_rows),
@@ -186,19 +196,30 @@ def _old_recall(sample: PairedSample, rows: np.ndarray) -> np.ndarray:
     return answered(ranked, sample.relevance_of(judging), sample.k).recall
 
 
-def _recall_of_mapped(sample: PairedSample, adapter: Adapter, unseen: Pairs, rows: np.ndarray) -> np.ndarray:
-    """The share of relevant documents, k at most, that the judging queries find while these documents are mapped and
-    every other one is embedded again: float64 (q,). Twice, so that each document is once among the mapped."""
-    judging = sample.halves[1]
-    judged = sample.relevance_of(judging)
+def _asking(sample: PairedSample, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Those of some queries to which a document among some passages is relevant: int64, ascending."""
+    if sample.relevance is None:
+        return queries[:0]
+    there = {sample.document_ids[row] for row in rows.tolist()}
+    asks = [not there.isdisjoint(relevant(judged)) for judged in sample.relevance_of(queries)]
+    asking: np.ndarray = queries[np.array(asks, dtype=bool)]
+    return asking
+
+
+def _recall_of_mapped(sample: PairedSample, adapter: Adapter, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The share of relevant documents, k at most, that queries find among some passages while these documents are
+    mapped and every other one is embedded again: float64 (q,). Twice, so that each document is once among the mapped.
+    """
+    pairs = Pairs(sample.old.documents[rows], sample.new.documents[rows])
     names = [sample.document_ids[row] for row in rows.tolist()]
     places = {name: place for place, name in enumerate(sorted(set(names)))}
+    judged = [{name: one[name] for name in one if name in places} for one in sample.relevance_of(queries)]
     half = np.array([places[name] % 2 for name in names])
-    shortened = adapter.apply(unseen.source) * np.float32(_length(adapter, unseen))
-    hits = np.zeros(len(judging))
+    shortened = adapter.apply(pairs.source) * np.float32(_length(adapter, pairs))
+    hits = np.zeros(len(queries))
     for part in (0, 1):
-        mixed = np.where((half == part)[:, None], shortened, unseen.target)
-        ranked = ranked_documents(sample.new.queries[judging], mixed, names, sample.k)
+        mixed = np.where((half == part)[:, None], shortened, pairs.target)
+        ranked = ranked_documents(sample.new.queries[queries], mixed, names, sample.k)
         hits += [_hits(found, one, places, part) for found, one in zip(ranked, judged, strict=True)]
     most = np.array([max(1, min(sample.k, len(relevant(one)))) for one in judged])
     recall: np.ndarray = np.minimum(hits / most, 1.0)
