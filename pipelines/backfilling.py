@@ -52,7 +52,7 @@ class BackfillStopped(Exception):
 
 @dataclass
 class AliasHead:
-    """The alias as this upgrade left it: who moves it meanwhile, by a rollback or another publication, is not undone."""
+    """The alias as this upgrade left it: a move by others meanwhile, as by a rollback, is not undone."""
 
     catalog: Catalog
     alias: str

@@ -28,7 +28,6 @@ from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade
 from penstock.pipelines.embedding import Embedding as EmbeddingStage
 from penstock.pipelines.history import new_run_id, read_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
-from penstock.pipelines.measuring_answers import measure_answers
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.model_pair import ModelPair
 from penstock.pipelines.planning import (
@@ -265,7 +264,6 @@ class Upgrading:
     def _published(self) -> tuple[str, int]:
         """The version of the corpus as it is now, and how many passages were encoded for it."""
         publish = self.plan.resolved.pipeline.publish.model_copy(update={"alias": None})
-        pipeline = self.plan.resolved.pipeline.model_copy(update={"publish": publish})
         plan = make_plan(resolve(self.asked.model_copy(update={"publish": publish}), self.origin), self.store, 0)
         if plan.up_to_date:
             return str(plan.version), 0
