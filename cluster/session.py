@@ -113,9 +113,23 @@ class Session:
         while waiting:
             yield _take_first(waiting)
 
+    def warm(self, function: Callable[[T], R], workers: int) -> None:
+        """Have so many worker processes, as far as there are CPUs, load what `function` needs, without waiting: while
+        one process works by itself, the others get ready for what follows."""
+        self.start()
+        import ray
+
+        remote = ray.remote(num_cpus=1)(_load)
+        for _ in range(min(workers, int(self.resources().get("CPU", 1)))):
+            remote.remote(function)
+
     def run(self, function: Callable[[T], R], task: T, *, cpus: float = 1, gpus: float = 0) -> R:
         """One task on a worker."""
         return next(iter(self.stream(function, [task], cpus=cpus, gpus=gpus)))
+
+
+def _load(function: Callable[..., object]) -> None:
+    """Nothing: to be given a function, a worker imports its module."""
 
 
 def reraise(error: Exception) -> None:

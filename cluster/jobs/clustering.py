@@ -123,6 +123,8 @@ def fit_centroids(
     store = connect(job.root)
     iteration = last_iteration(store, job.fingerprint)
     if iteration is None:
+        if job.spec.iterations:
+            session.warm(sum_cells, min(len(job.fragments), int(session.resources().get("CPU", 1))) - 1)
         iteration = session.run(start_centroids, job, gpus=job.gpus)
         _tell(on_iteration, iteration)
     while not iteration.last:

@@ -149,7 +149,8 @@ def test_the_number_of_tasks_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     tasks_per_cpu: int,
 ) -> None:
-    monkeypatch.setattr(clustering, "TASKS_PER_CPU", tasks_per_cpu)
+    monkeypatch.setattr(clustering, "MOST_TASKS_PER_CPU", tasks_per_cpu)
+    monkeypatch.setattr(clustering, "FEWEST_TASKS_PER_CPU", tasks_per_cpu)
     _embeddings(tmp_path)
     assert fit_centroids(session, _job(tmp_path)) == fitted[1]
     assert _final(tmp_path) == _final(fitted[0])
