@@ -42,6 +42,7 @@ K = 10
 SEED = 20_261_121
 BATCH = 16
 STEPS = 5
+FRAGMENT_BYTES = 16_384  # a fragment for each file, so that there are steps
 PAUSE_S = 0.1
 KILL_AFTER_S = (8.0, 45.0)
 CLOSE = 2e-3  # similarities of float16 vectors, and of the same texts in other batches
@@ -73,7 +74,7 @@ def write_corpus(folder: Path, texts: Texts, options: argparse.Namespace) -> dic
     return {
         "name": "live",
         "root": str(folder / "root"),
-        "documents": {"type": "jsonl", "path": f"{corpus}/*.jsonl", "id": "id"},
+        "documents": {"type": "jsonl", "path": f"{corpus}/*.jsonl", "id": "id", "fragment_bytes": FRAGMENT_BYTES},
         "passages": {"type": "tokens", "tokens": 126, "overlap": 0},
         "embedding": {"model": str(first_token_model(folder)), "precision": "float32", "workers": workers},
         "index": {"family": "flat", "shards": 2, "recall": 1.0, "rerank": True},
