@@ -1,13 +1,10 @@
 """The health of a published version's vector space, from its vectors alone; and how it drifted from another's."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.stored_sample import (
@@ -25,7 +22,7 @@ from penstock.operators.indexing import Metric
 from penstock.operators.space_health import MOST_SIZE_DIFFERENCE, alarms, drift
 from penstock.operators.space_report import SpaceReport
 from penstock.pipelines.progress import Reporter
-from penstock.pipelines.publishing import LINEAGE, shards_of
+from penstock.pipelines.publishing import lineage_fragments, shards_of
 
 SAMPLE_ROWS = 25_000  # effective ranks of fewer rows depend on how many there are
 
@@ -98,11 +95,9 @@ class HealthCheck:
         return merge_stored(list(parts), wanted, self.seed)
 
     def _embeddings(self, manifest: Mapping[str, Any], wanted: int) -> np.ndarray:
-        store, folder = self.catalog.store, self.catalog.version_folder(manifest["version"])
-        table = pq.read_table(io.BytesIO(store.read(f"{folder}/{LINEAGE}")))
-        names = table.filter(pc.equal(table.column("stage"), EMBEDDINGS)).column("fragment").to_pylist()
+        names = tuple(lineage_fragments(self.catalog, manifest["version"], EMBEDDINGS))
         stage = manifest["lineage"]["stages"][EMBEDDINGS]
-        task = EmbeddingsSampleTask(store.url, stage, tuple(names), manifest["rows"], wanted, self.seed)
+        task = EmbeddingsSampleTask(self.catalog.store.url, stage, names, manifest["rows"], wanted, self.seed)
         return sample_embeddings(task) if wanted < self.sample_rows else self.session.run(sample_embeddings, task)
 
 

@@ -611,6 +611,12 @@ def embedded_of(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Embedded:
     return Embedded(tuple(facts), stage, embeddings, sum(fact.kept for fact in kept))
 
 
+def part_of_corpus(resolved: Resolved, facts: Sequence[FragmentFacts]) -> tuple[str, ...] | None:
+    """The passages fragments of some facts, sorted, where the corpus has others too; None where these are all."""
+    taken = {fact.passages for fact in facts}
+    return None if taken >= {fragment.fingerprint for fragment in resolved.fragments} else tuple(sorted(taken))
+
+
 def deduplicated_of(resolved: Resolved, embedded: Embedded, store: Store) -> Embedded | None:
     """The embeddings that stay: all of them, or those that deduplication by meaning left; None before it is done."""
     if resolved.pipeline.deduplicate.type != "semantic":
@@ -636,8 +642,13 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
         built_with=spec.ef_construction,
         **resolved.parameters[TRAINING],
     )
+    part = part_of_corpus(resolved, embedded.facts)
     shards = fingerprint(
-        stage=SHARDS, training=training, selection=resolved.selection_fingerprint, **resolved.parameters[SHARDS]
+        stage=SHARDS,
+        training=training,
+        selection=resolved.selection_fingerprint,
+        **resolved.parameters[SHARDS],
+        **({} if part is None else {"part": fingerprint_set(part)}),
     )
     evaluation = fingerprint(
         stage=EVALUATION, shards=shards, **resolved.parameters[EVALUATION], inputs=_evaluation_inputs(resolved)
