@@ -21,6 +21,7 @@ from penstock.cluster.session import Session
 from penstock.operators.indexing import Metric
 from penstock.operators.space_health import MOST_SIZE_DIFFERENCE, alarms, drift
 from penstock.operators.space_report import SpaceReport
+from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import lineage_fragments, shards_of
 
@@ -40,13 +41,16 @@ class HealthCheck:
     def report(self, version: str, against: str | None = None) -> dict[str, Any]:
         """The report of a version, as JSON; with `against` that of another one too, and what drifted between them.
 
+        Of a mixed version the old part is reported on, whose vectors are of one space and a whole corpus; the report
+        names that version.
+
         All figures are of a sample of rows, drawn by the hash of their ids: two versions that share rows share most of
         the sample.
 
         Raises:
             ValueError: a version has no vectors left to look at, or fewer rows than neighbours are counted among.
         """
-        manifests = {name: self.catalog.manifest(name) for name in (version, against) if name is not None}
+        manifests = {name: self._in_one_space(name) for name in (version, against) if name is not None}
         wanted = min([self.sample_rows, *(manifest["rows"] for manifest in manifests.values())])
         found = {}
         with self.reporter.stage("health", len(manifests), "versions") as advance:
@@ -58,6 +62,15 @@ class HealthCheck:
         if against is None:
             return record
         return record | {"against": reports[against]} | _drift(found[against], found[version])
+
+    def _in_one_space(self, version: str) -> dict[str, Any]:
+        """The manifest of a version, or of the old part of a mixed one."""
+        manifest = self.catalog.manifest(version)
+        if not is_mixed(manifest):
+            return manifest
+        old = MixedParts.of(manifest).old
+        self.reporter.note(f"version {version} is mixed of two spaces: the report is of its old part, version {old}")
+        return self.catalog.manifest(old)
 
     def _version(self, manifest: Mapping[str, Any], wanted: int) -> dict[str, Any]:
         source, vectors = self._vectors(manifest, wanted)
