@@ -22,6 +22,7 @@ from penstock.operators.encoding import ModelMismatch
 from penstock.operators.identity import fingerprint
 from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines.mixed_format import ADAPTER_KINDS, MIXED_FORMAT, adapter_file, refuse_mixed
+from penstock.pipelines.model_identity import is_one_space
 from penstock.pipelines.publishing import lineage_fragments, publish_manifest, shards_of
 
 VERSION_DIGITS = 16  # of a fingerprint, as of any version
@@ -120,7 +121,7 @@ class _Mixture:
 
     @property
     def one_space(self) -> bool:
-        return bool(self.old["model"]["space"] == self.model["space"])
+        return is_one_space(self.old["model"], self.model)
 
     @property
     def main(self) -> dict[str, Any]:

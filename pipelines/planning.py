@@ -67,6 +67,7 @@ from penstock.pipelines.config import Level, PipelineFile, Transform
 from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
+from penstock.pipelines.model_identity import is_same_model, model_identity
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
@@ -90,7 +91,7 @@ NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "
     "rerank_codec",
 }
 VERSION_HEX_DIGITS = 16
-UPGRADING = (Reason.BACKFILL, Reason.UPGRADE)
+DECIDED_MOVES = (Reason.BACKFILL, Reason.UPGRADE, Reason.PROMOTE)  # of an alias, not by a run of a pipeline file
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
 DEFAULT_EF_CONSTRUCTION = {Family.VAMANA: 200}  # candidates while a graph is built, where these are not 100
@@ -795,7 +796,8 @@ def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[boo
     """Whether publishing the version would move the alias, and a note when it deliberately would not.
 
     A version that people moved an alias away from, by rollback or promote, is not put back by a run that made nothing
-    new; nor does a run undo an upgrade to another model, whose file still names the old one.
+    new; nor does a run whose file still names the old model, or its prompts, undo a move to a version of another. A run
+    with the model of that version does move the alias, to another dimension or precision too.
     """
     name = resolved.pipeline.publish.alias
     if name is None:
@@ -809,12 +811,12 @@ def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[boo
                 f"alias {name} was moved from version {version} to {head.version} by {head.reason}; "
                 f"`penstock promote` puts it back"
             )
-    if head is not None and head.reason in UPGRADING:
+    if head is not None and head.reason in DECIDED_MOVES:
         model = catalog.manifest(head.version)["model"]
-        if model["space"] != resolved.encoder.space:
+        if not is_same_model(model_identity(resolved.encoder, resolved.query_encoder), model):
             return False, (
                 f"alias {name} was moved to version {head.version} of model {model['reference']} by {head.reason}: set "
-                f"embedding.model to that; `penstock promote` moves the alias to another version"
+                f"embedding.model to that, with its prompts; `penstock promote` moves the alias to another version"
             )
     return True, ""
 
