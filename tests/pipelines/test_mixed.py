@@ -594,8 +594,6 @@ def test_quality_is_measured_by_judgements_for_each_query(
     resolved = judged.pipeline().plan().resolved
     manifest = mix(ray_session, upgrade, upgrade.part)
     found = measure_answers(ray_session, upgrade.catalog.store.url, manifest, upgrade.old, resolved)
-    assert found["version"] == manifest["version"] and found["parts"] == [upgrade.old, upgrade.part]
-    assert found["embedded_share"] == pytest.approx(manifest["parts"][1]["rows"] / manifest["rows"], abs=1e-6)
     assert (found["queries"], found["k"]) == (len(asked) - 1, 3)
     with upgrade.opened(manifest["version"]) as index:
         ids = index.search(asked[1:], 15).ids
