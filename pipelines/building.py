@@ -39,6 +39,7 @@ from penstock.pipelines.planning import (
     Resolved,
     finished_fragments,
     finished_shards,
+    part_of_corpus,
     split_path,
     vector_bytes,
 )
@@ -246,6 +247,7 @@ class Building:
             stored=resolved.stored,
             sharding=resolved.pipeline.index.sharding,
             transforms=self.chain.transforms_fingerprint,
+            part=part_of_corpus(resolved, self.chain.facts),
             **self._kept(),
         )
 

@@ -10,7 +10,7 @@ from functools import partial
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from penstock.cluster.catalog import Catalog
+from penstock.cluster.catalog import Catalog, undo_stack
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.leases import acquire
 from penstock.cluster.storage import ObjectInfo, Store
@@ -18,9 +18,12 @@ from penstock.pipelines.history import new_run_id, read_run, run_ids
 from penstock.pipelines.mixed_format import MixedParts, is_mixed, parts_of
 from penstock.pipelines.planning import ENCODED
 from penstock.pipelines.publishing import LINEAGE
+from penstock.pipelines.records import read_json
+from penstock.pipelines.upgrading import UPGRADES
 
 DEFAULT_GRACE_HOURS = 24.0
 KEPT_RUNS = 20
+UNFINISHED_UPGRADE_DAYS = 60  # after its last step: longer than any backfill pauses, shorter than storage is forgotten
 
 
 class GraceTooShort(Exception):
@@ -40,9 +43,10 @@ class Removal:
 def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run: bool) -> list[Removal]:
     """Remove what no kept version needs and is older than the grace period, by the store's clock.
 
-    Kept are, for each index, the versions that aliases point to, and the newest `keep` that passed their gate
-    (None: as many as the index's last run asked for); of a mixed version those that it consists of too. Mixed versions
-    and those of a part of the corpus that they consist of are not counted: they were steps on the way to others.
+    Kept are, for each index, the versions that aliases point to and those that a rollback would return to, and the
+    newest `keep` that passed their gate (None: as many as the index's last run asked for); of a mixed version those
+    that it consists of too. Mixed versions and those of a part of the corpus that they consist of are not counted: they
+    were steps on the way to others. So is what an unfinished upgrade will use, until it has rested for 60 days.
     Holds the lease of every index meanwhile, so that no run is under way.
 
     Raises:
@@ -77,7 +81,7 @@ def _is_aliased(store: Store, removal: Removal) -> bool:
         return False
     index, version = removal.version
     catalog = Catalog(store, index)
-    return version in _with_parts(catalog, _heads(catalog))
+    return version in _with_parts(catalog, _named_by_aliases(catalog))
 
 
 def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetime) -> Iterator[Removal]:
@@ -87,6 +91,7 @@ def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetim
         kept = _kept_versions(store, catalog, index, keep)
         for version in kept:
             _add_lineage(store, catalog, version, needed)
+        _add_upgrades(store, index, needed)
         # Mixed ones first: cut short, clean-up leaves none whose parts are gone.
         for version in sorted(store.folders(f"indexes/{index}/versions") - kept, key=partial(_mixed_first, catalog)):
             objects = list(store.list(catalog.version_folder(version)))
@@ -97,8 +102,8 @@ def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetim
 
 
 def _kept_versions(store: Store, catalog: Catalog, index: str, keep: int | None) -> set[str]:
-    """What aliases point to, the newest versions that passed their gate, and the newest of all, for people to look
-    at."""
+    """What aliases point to and rollbacks would return to, the newest versions that passed their gate, and the newest
+    of all, for people to look at."""
     versions = catalog.versions()
     manifests = {version: catalog.manifest(version) for version in versions}
     steps = {version for version, manifest in manifests.items() if is_mixed(manifest)}
@@ -109,12 +114,17 @@ def _kept_versions(store: Store, catalog: Catalog, index: str, keep: int | None)
         for version, manifest in manifests.items()
         if version not in steps and all(check["passed"] for check in manifest["gate"])
     ]
-    kept = _heads(catalog) | set(passed[-(keep or _stated_keep(store, index)) :]) | set(versions[-1:])
+    kept = _named_by_aliases(catalog) | set(passed[-(keep or _stated_keep(store, index)) :]) | set(versions[-1:])
     return _with_parts(catalog, kept)
 
 
-def _heads(catalog: Catalog) -> set[str]:
-    return {entry.version for alias in catalog.aliases() if (entry := catalog.alias(alias))}
+def _named_by_aliases(catalog: Catalog) -> set[str]:
+    """The versions that aliases point to, and below each the one that a rollback would return to."""
+    found = {entry.version for alias in catalog.aliases() if (entry := catalog.alias(alias))}
+    for alias in catalog.aliases():
+        published = [version for version in undo_stack(catalog.history(alias)) if catalog.has_manifest(version)]
+        found.update(published[-2:])
+    return found
 
 
 def _with_parts(catalog: Catalog, versions: set[str]) -> set[str]:
@@ -148,6 +158,18 @@ def _add_lineage(store: Store, catalog: Catalog, version: str, needed: dict[tupl
         needed.setdefault((folders[stage], stages[stage]), set()).update(fragments)
     for stage in stages.keys() - folders.keys():
         needed[(stage, stages[stage])] = {"*"}
+
+
+def _add_upgrades(store: Store, index: str, needed: dict[tuple[str, str], set[str]]) -> None:
+    """The stages that unfinished upgrades of an index say they need, whose vectors no version names yet."""
+    limit = store.clock() - timedelta(days=UNFINISHED_UPGRADE_DAYS)
+    for name in store.folders(f"{UPGRADES}/{index}"):
+        folder = f"{UPGRADES}/{index}/{name}"
+        info = store.info(f"{folder}/upgrade.json")
+        if info is None or info.modified < limit or store.info(f"{folder}/flip.json") is not None:
+            continue
+        for stage, fingerprint in (read_json(store, info.path) or {}).get("keep", ()):
+            needed[(stage, fingerprint)] = {"*"}
 
 
 def _stage_removals(store: Store, needed: dict[tuple[str, str], set[str]], limit: datetime) -> Iterator[Removal]:

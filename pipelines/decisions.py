@@ -69,10 +69,12 @@ def read_decision(store: Store, kept: str) -> Decision | None:
 
 
 def earlier_decisions(store: Store, index: str, rule: str) -> Iterator[Decision]:
-    """The decisions that versions of an index were made of, by a rule: those of the newest version first."""
+    """The decisions that versions of an index were made of, by a rule: those of the newest version first. Versions of
+    a part of the corpus are passed over, and so are mixed ones, which are made of versions and not of stages."""
     catalog = Catalog(store, index)
     for version in reversed(catalog.versions()):
-        kept = catalog.manifest(version)["lineage"]["stages"].get(KEPT)
+        manifest = catalog.manifest(version)
+        kept = None if "part_of" in manifest else manifest["lineage"].get("stages", {}).get(KEPT)
         if kept is not None and _rule_of(store, kept) == rule:
             found = read_decision(store, kept)
             if found is not None:

@@ -1,13 +1,10 @@
 """The health of a published version's vector space, from its vectors alone; and how it drifted from another's."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.stored_sample import (
@@ -24,8 +21,9 @@ from penstock.cluster.session import Session
 from penstock.operators.indexing import Metric
 from penstock.operators.space_health import MOST_SIZE_DIFFERENCE, alarms, drift
 from penstock.operators.space_report import SpaceReport
+from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.progress import Reporter
-from penstock.pipelines.publishing import LINEAGE, shards_of
+from penstock.pipelines.publishing import lineage_fragments, shards_of
 
 SAMPLE_ROWS = 25_000  # effective ranks of fewer rows depend on how many there are
 
@@ -43,13 +41,16 @@ class HealthCheck:
     def report(self, version: str, against: str | None = None) -> dict[str, Any]:
         """The report of a version, as JSON; with `against` that of another one too, and what drifted between them.
 
+        Of a mixed version the old part is reported on, whose vectors are of one space and a whole corpus; the report
+        names that version.
+
         All figures are of a sample of rows, drawn by the hash of their ids: two versions that share rows share most of
         the sample.
 
         Raises:
             ValueError: a version has no vectors left to look at, or fewer rows than neighbours are counted among.
         """
-        manifests = {name: self.catalog.manifest(name) for name in (version, against) if name is not None}
+        manifests = {name: self._in_one_space(name) for name in (version, against) if name is not None}
         wanted = min([self.sample_rows, *(manifest["rows"] for manifest in manifests.values())])
         found = {}
         with self.reporter.stage("health", len(manifests), "versions") as advance:
@@ -61,6 +62,15 @@ class HealthCheck:
         if against is None:
             return record
         return record | {"against": reports[against]} | _drift(found[against], found[version])
+
+    def _in_one_space(self, version: str) -> dict[str, Any]:
+        """The manifest of a version, or of the old part of a mixed one."""
+        manifest = self.catalog.manifest(version)
+        if not is_mixed(manifest):
+            return manifest
+        old = MixedParts.of(manifest).old
+        self.reporter.note(f"version {version} is mixed of two spaces: the report is of its old part, version {old}")
+        return self.catalog.manifest(old)
 
     def _version(self, manifest: Mapping[str, Any], wanted: int) -> dict[str, Any]:
         source, vectors = self._vectors(manifest, wanted)
@@ -98,11 +108,9 @@ class HealthCheck:
         return merge_stored(list(parts), wanted, self.seed)
 
     def _embeddings(self, manifest: Mapping[str, Any], wanted: int) -> np.ndarray:
-        store, folder = self.catalog.store, self.catalog.version_folder(manifest["version"])
-        table = pq.read_table(io.BytesIO(store.read(f"{folder}/{LINEAGE}")))
-        names = table.filter(pc.equal(table.column("stage"), EMBEDDINGS)).column("fragment").to_pylist()
+        names = tuple(lineage_fragments(self.catalog, manifest["version"], EMBEDDINGS))
         stage = manifest["lineage"]["stages"][EMBEDDINGS]
-        task = EmbeddingsSampleTask(store.url, stage, tuple(names), manifest["rows"], wanted, self.seed)
+        task = EmbeddingsSampleTask(self.catalog.store.url, stage, names, manifest["rows"], wanted, self.seed)
         return sample_embeddings(task) if wanted < self.sample_rows else self.session.run(sample_embeddings, task)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.shards import FileRecord
-from penstock.cluster.jobs.superseded import SupersededShard, SupersededTask, mark_superseded
+from penstock.cluster.jobs.superseded import PartSource, SupersededShard, SupersededTask, mark_superseded
+from penstock.cluster.layout import PASSAGES, SELECTION
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.adapters import Adapter
@@ -21,10 +22,11 @@ from penstock.operators.encoding import ModelMismatch
 from penstock.operators.identity import fingerprint
 from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines.mixed_format import ADAPTER_KINDS, MIXED_FORMAT, adapter_file, refuse_mixed
-from penstock.pipelines.publishing import publish_manifest, shards_of
+from penstock.pipelines.model_identity import is_one_space
+from penstock.pipelines.publishing import lineage_fragments, publish_manifest, shards_of
 
 VERSION_DIGITS = 16  # of a fingerprint, as of any version
-SUPERSEDING_RULES = 1  # a number of its own for each change of mark_superseded: part of what a version is
+SUPERSEDING_RULES = 2  # a number of its own for each change of mark_superseded: part of what a version is
 
 
 class BridgeUnfit(Exception):
@@ -119,7 +121,7 @@ class _Mixture:
 
     @property
     def one_space(self) -> bool:
-        return bool(self.old["model"]["space"] == self.model["space"])
+        return is_one_space(self.old["model"], self.model)
 
     @property
     def main(self) -> dict[str, Any]:
@@ -195,10 +197,19 @@ def _superseded(session: Session, catalog: Catalog, folder: str, mixture: _Mixtu
     )
     if not new:
         return [SupersededShard(shard.shard, shard.rows, 0, 0, 0, shard.duplicates, ()) for shard in old]
-    tasks = [SupersededTask(catalog.store.url, folder, shard, new) for shard in old]
+    part = _part_source(catalog, mixture.new)
+    tasks = [SupersededTask(catalog.store.url, folder, shard, new, part) for shard in old]
     # One shard is read sooner here than Ray starts.
     found = session.stream(mark_superseded, tasks) if len(tasks) > 1 else map(mark_superseded, tasks)
     return sorted(found, key=lambda one: one.shard)
+
+
+def _part_source(catalog: Catalog, new: dict[str, Any] | None) -> PartSource | None:
+    """What a version of a part of the corpus was made of; None for one of a whole corpus."""
+    if new is None or "part_of" not in new:
+        return None
+    passages = lineage_fragments(catalog, new["version"], PASSAGES)
+    return PartSource(new["lineage"]["stages"][SELECTION], tuple(sorted(passages)))
 
 
 def _manifest(

@@ -7,6 +7,7 @@ from typing import Any
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.storage import Store
 from penstock.operators.encoding import ModelMismatch
+from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.planning import Resolved
 
 
@@ -57,7 +58,8 @@ def refuse_other_model(resolved: Resolved, manifest: Mapping[str, Any]) -> None:
 
 
 def published_manifest(resolved: Resolved, store: Store) -> dict[str, Any]:
-    """The manifest of the version that the pipeline's alias points to.
+    """The manifest of the version that the pipeline's alias points to; of a mixed one that of its old part, which the
+    new model follows.
 
     Raises:
         ValueError: there is none.
@@ -70,4 +72,5 @@ def published_manifest(resolved: Resolved, store: Store) -> dict[str, Any]:
             f"publish.alias ({pipeline.publish.alias}) of index {pipeline.name} must point to a published version, "
             "which a new model is compared with; run the pipeline first"
         )
-    return catalog.manifest(entry.version)
+    manifest = catalog.manifest(entry.version)
+    return catalog.manifest(MixedParts.of(manifest).old) if is_mixed(manifest) else manifest

@@ -29,6 +29,7 @@ from penstock.operators.mixed_spaces import (
 )
 from penstock.operators.searching import Hits, SearchParameters, StoredVectors, empty_hits, merge_hits
 from penstock.pipelines.mixed_format import MixedParts
+from penstock.pipelines.model_identity import is_one_space
 from penstock.pipelines.opened import (
     Found,
     Lazily,
@@ -145,7 +146,7 @@ class OpenMixed:
     @property
     def way(self) -> Way:
         """How this version's hits are merged: fixed by what is in it, whatever a degraded search has to do without."""
-        if not (self._named.old_live and self._named.new_live) or self._old_space == self._new_space:
+        if not (self._named.old_live and self._named.new_live) or self._one_space:
             return Way.ONE_SPACE
         adapted = Direction.DOCUMENTS_TO_NEW in self._bridges and self.old.manifest["stored"] is not None
         return Way.ADAPTED if adapted else Way.PLACES
@@ -203,7 +204,7 @@ class OpenMixed:
 
     def _old_queries(self, queries: str | Sequence[str] | np.ndarray, new: np.ndarray) -> np.ndarray | None:
         """The queries in the old part's space; None where nothing of it counts."""
-        texts, one_space = not isinstance(queries, np.ndarray), self._old_space == self._new_space
+        texts, one_space = not isinstance(queries, np.ndarray), self._one_space
         if not self._named.old_live:
             return None
         if one_space and (not texts or self.encoder is self.old.encoder):
@@ -331,6 +332,10 @@ class OpenMixed:
 
     def _stored(self, number: int) -> StoredVectors | None:
         return self._shards[number].searcher.get().vectors
+
+    @property
+    def _one_space(self) -> bool:
+        return is_one_space(self.manifest["model"], self.old.manifest["model"])
 
     @property
     def _new_space(self) -> str:

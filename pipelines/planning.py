@@ -67,6 +67,7 @@ from penstock.pipelines.config import Level, PipelineFile, Transform
 from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
+from penstock.pipelines.model_identity import is_same_model, model_identity
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
@@ -90,7 +91,7 @@ NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "
     "rerank_codec",
 }
 VERSION_HEX_DIGITS = 16
-UPGRADING = (Reason.BACKFILL, Reason.UPGRADE)
+DECIDED_MOVES = (Reason.BACKFILL, Reason.UPGRADE, Reason.PROMOTE)  # of an alias, not by a run of a pipeline file
 DEFAULT_OVERLAP_SHARE = 8  # an eighth of the window
 DEFAULT_RABITQ_BITS = 4
 DEFAULT_EF_CONSTRUCTION = {Family.VAMANA: 200}  # candidates while a graph is built, where these are not 100
@@ -392,8 +393,9 @@ def _rule(resolved: Resolved) -> str:
 
 def deduplication_of(resolved: Resolved, embedded: Embedded, store: Store) -> Deduplicated:
     """The decision of the newest version of the index by the same rule, where that is of this corpus; else the one
-    that builds upon it; where there is none, and where whole documents go, one about the whole corpus."""
-    if resolved.pipeline.deduplicate.level is Level.DOCUMENT:
+    that builds upon it; where there is none, and where whole documents go, one about the whole corpus. About a part of
+    it is decided by itself."""
+    if resolved.pipeline.deduplicate.level is Level.DOCUMENT or part_of_corpus(resolved, embedded.facts) is not None:
         return Deduplicated.of(resolved, embedded)
     for found in earlier_decisions(store, resolved.pipeline.name, _rule(resolved)):
         again = Deduplicated.of(resolved, embedded, found.earlier)
@@ -611,6 +613,12 @@ def embedded_of(resolved: Resolved, facts: Sequence[FragmentFacts]) -> Embedded:
     return Embedded(tuple(facts), stage, embeddings, sum(fact.kept for fact in kept))
 
 
+def part_of_corpus(resolved: Resolved, facts: Sequence[FragmentFacts]) -> tuple[str, ...] | None:
+    """The passages fragments of some facts, sorted, where the corpus has others too; None where these are all."""
+    taken = {fact.passages for fact in facts}
+    return None if taken >= {fragment.fingerprint for fragment in resolved.fragments} else tuple(sorted(taken))
+
+
 def deduplicated_of(resolved: Resolved, embedded: Embedded, store: Store) -> Embedded | None:
     """The embeddings that stay: all of them, or those that deduplication by meaning left; None before it is done."""
     if resolved.pipeline.deduplicate.type != "semantic":
@@ -636,8 +644,13 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
         built_with=spec.ef_construction,
         **resolved.parameters[TRAINING],
     )
+    part = part_of_corpus(resolved, embedded.facts)
     shards = fingerprint(
-        stage=SHARDS, training=training, selection=resolved.selection_fingerprint, **resolved.parameters[SHARDS]
+        stage=SHARDS,
+        training=training,
+        selection=resolved.selection_fingerprint,
+        **resolved.parameters[SHARDS],
+        **({} if part is None else {"part": fingerprint_set(part)}),
     )
     evaluation = fingerprint(
         stage=EVALUATION, shards=shards, **resolved.parameters[EVALUATION], inputs=_evaluation_inputs(resolved)
@@ -783,7 +796,8 @@ def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[boo
     """Whether publishing the version would move the alias, and a note when it deliberately would not.
 
     A version that people moved an alias away from, by rollback or promote, is not put back by a run that made nothing
-    new; nor does a run undo an upgrade to another model, whose file still names the old one.
+    new; nor does a run whose file still names the old model, or its prompts, undo a move to a version of another. A run
+    with the model of that version does move the alias, to another dimension or precision too.
     """
     name = resolved.pipeline.publish.alias
     if name is None:
@@ -797,12 +811,12 @@ def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[boo
                 f"alias {name} was moved from version {version} to {head.version} by {head.reason}; "
                 f"`penstock promote` puts it back"
             )
-    if head is not None and head.reason in UPGRADING:
+    if head is not None and head.reason in DECIDED_MOVES:
         model = catalog.manifest(head.version)["model"]
-        if model["space"] != resolved.encoder.space:
+        if not is_same_model(model_identity(resolved.encoder, resolved.query_encoder), model):
             return False, (
                 f"alias {name} was moved to version {head.version} of model {model['reference']} by {head.reason}: set "
-                f"embedding.model to that; `penstock promote` moves the alias to another version"
+                f"embedding.model to that, with its prompts; `penstock promote` moves the alias to another version"
             )
     return True, ""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from penstock.cluster.catalog import AliasEntry, Catalog, PublishConflict
@@ -145,6 +146,13 @@ def write_lineage(store: Store, folder: str, resolved: Resolved, chain: Chain) -
     data = sink.getvalue()
     store.write(f"{folder}/{LINEAGE}", data)
     return FileRecord(LINEAGE, len(data), hashlib.sha256(data).hexdigest())
+
+
+def lineage_fragments(catalog: Catalog, version: str, stage: str) -> list[str]:
+    """The fragments of a stage that a version was made of."""
+    table = pq.read_table(io.BytesIO(catalog.store.read(f"{catalog.version_folder(version)}/{LINEAGE}")))
+    fragments: list[str] = table.filter(pc.equal(table.column("stage"), stage)).column("fragment").to_pylist()
+    return fragments
 
 
 def place_shards(store: Store, folder: str, shards: Sequence[ShardRecord]) -> list[ShardRecord]:

@@ -17,6 +17,7 @@ from penstock.cluster.storage import Store, open_store
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.filtering import conditions_of
 from penstock.operators.searching import SearchParameters
+from penstock.pipelines.model_identity import is_one_space
 from penstock.pipelines.opened import RETRY_PAUSE_S, Found, Opened, Request
 from penstock.pipelines.opening import Opening
 
@@ -238,12 +239,16 @@ def _entry_of(catalog: Catalog, alias: str) -> AliasEntry:
 
 def _refuse_other_space(present: Opened, new: Opened) -> None:
     """Vectors that were made for one model mean nothing to another."""
-    spaces = [version.manifest["model"]["space"] for version in (present, new)]
-    if spaces[0] != spaces[1]:
+    models = [version.manifest["model"] for version in (present, new)]
+    if not is_one_space(*models):
+        before, after = (
+            f"{model['space'][:16]}, prompts {model['document_prompt']!r} and {model['query_prompt']!r}"
+            for model in models
+        )
         raise ModelMismatch(
             f"version {new.version} of index {new.manifest['index']} must have the vector space of version "
-            f"{present.version} ({spaces[0][:16]}), as this reader is asked with vectors, got {spaces[1][:16]}; open "
-            f"the index again, and encode queries with {new.manifest['model']['reference']}"
+            f"{present.version} ({before}), as this reader is asked with vectors, got {after}; open the index again, "
+            f"and encode queries with {new.manifest['model']['reference']}"
         )
 
 

@@ -1,6 +1,6 @@
 """Links from the passages that stayed out to the row of a shard that represents each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,13 @@ BATCH_ROWS = 65_536
 
 @dataclass(frozen=True)
 class LinkSource:
-    """Which passages stayed out: those of a selection, and those that went by meaning, from fragments of a stage."""
+    """Which passages stayed out: those of a selection, of all passages fragments or of `fragments` alone, and those
+    that went by meaning, from fragments of a stage."""
 
     selection_fingerprint: str
     kept_fingerprint: str | None = None
     kept_fragments: tuple[str, ...] = ()
+    fragments: tuple[str, ...] | None = None
 
 
 def shard_links(store: Store, source: LinkSource, ids_path: Path) -> Iterator[pa.Table]:
@@ -49,7 +51,7 @@ def shard_links(store: Store, source: LinkSource, ids_path: Path) -> Iterator[pa
             here = table.filter(pa.array(rows >= 0))
             moved.add(here.column("row_hash").to_numpy(), rows[rows >= 0])
             yield _links(here, own.ids(rows[rows >= 0]), here.column("similarity"))
-    for table in _same_texts(store, source.selection_fingerprint):
+    for table in represented_by_text(store, source.selection_fingerprint, source.fragments):
         keepers = row_hashes(table.column("represented_by").to_pylist())
         rows = own.find(keepers)
         rows = np.where(rows >= 0, rows, moved.find(keepers))
@@ -102,13 +104,17 @@ def _find(ascending: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.n
     return np.where(ascending[place] == wanted, values[place], -1)
 
 
-def _same_texts(store: Store, selection: str) -> Iterator[pa.Table]:
-    """The passages that another one represents by its text, file by file."""
+def represented_by_text(store: Store, selection: str, fragments: Sequence[str] | None) -> Iterator[pa.Table]:
+    """The passages (EXCLUSION_SCHEMA) that another one of the corpus represents by its text, those of some passages
+    fragments or (None) of all, piece by piece."""
     for name in exclusion_files(store, selection):
         with store.open(name) as stream:
             for batch in pa.parquet.ParquetFile(stream).iter_batches(BATCH_ROWS):
                 table = pa.Table.from_batches([batch])
-                yield table.filter(pc.equal(table.column("reason"), DUPLICATE_TEXT))
+                table = table.filter(pc.equal(table.column("reason"), DUPLICATE_TEXT))
+                if fragments is not None:
+                    table = table.filter(pc.is_in(table.column("fragment"), pa.array(fragments, pa.string())))
+                yield table
 
 
 def _links(table: pa.Table, represented_by: pa.ChunkedArray, similarity: pa.ChunkedArray | pa.Array) -> pa.Table:

@@ -75,6 +75,8 @@ class ShardJob:
         transforms: fingerprint of the transforms before the index, if there are any.
         kept_fingerprint: of the embeddings that deduplication by meaning left, if there was any, and
         kept_fragments: all its fragments, those of which nothing stays included.
+        part: the passages fragments of a version of a part of the corpus; a passage of another one is not of that
+            version, even where a row has its text. None for the whole corpus.
         stored: codec of the vectors stored for re-ranking, or None.
     """
 
@@ -91,6 +93,7 @@ class ShardJob:
     transforms: str | None = None
     kept_fingerprint: str | None = None
     kept_fragments: tuple[str, ...] = ()
+    part: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]
 def _write_duplicates(task: ShardTask, store: Store, folder: Path) -> int:
     """Links of the passages that a row of this shard represents (LINKS_SCHEMA)."""
     rows, job = 0, task.job
-    source = LinkSource(job.source.selection_fingerprint, job.kept_fingerprint, job.kept_fragments)
+    source = LinkSource(job.source.selection_fingerprint, job.kept_fingerprint, job.kept_fragments, job.part)
     with _ipc_writer(folder / shard_file(task.shard, DUPLICATES), LINKS_SCHEMA) as writer:
         for links in shard_links(store, source, folder / shard_file(task.shard, IDS)):
             writer.write_table(links)

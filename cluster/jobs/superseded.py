@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from penstock.cluster.jobs.links import LINKS_SCHEMA
+from penstock.cluster.jobs.links import LINKS_SCHEMA, represented_by_text
 from penstock.cluster.jobs.shards import FileRecord, ShardRecord, upload_file
 from penstock.cluster.layout import shard_file
 from penstock.cluster.node import connect
@@ -25,13 +25,23 @@ FIRST_PASSAGE = "#0"  # how the id of a document's first passage ends
 
 
 @dataclass(frozen=True)
+class PartSource:
+    """What a new version of a part of the corpus was made of: some passages fragments of a selection."""
+
+    selection_fingerprint: str
+    fragments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SupersededTask:
-    """One shard of the old version, and all of the new one; `folder` is the mixed version's."""
+    """One shard of the old version, and all of the new one; `folder` is the mixed version's. `part` is None where the
+    new version is of a whole corpus."""
 
     root: str
     folder: str
     old: ShardRecord
     new: tuple[ShardRecord, ...]
+    part: PartSource | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,9 @@ class SupersededShard:
         rows: of the shard; `superseded` of them count no more.
         standing_in: rows that count although their document is in the new version, as they represent passages of
             documents that are not, and no row of the new version has their text: they go by the id of one of these.
-        documents: documents of the new version whose first passage is a row of this shard, or represented by one.
-        duplicates: links to passages of documents that are not in the new version.
+        documents: documents of the new version's fragments whose first passage is a row of this shard, or represented
+            by one.
+        duplicates: links to passages of documents that are not in the new version, and to waiting ones.
         files: `superseded` and `links`, where these are not those of the old version, and `names` where rows stand in.
     """
 
@@ -63,12 +74,16 @@ def mark_superseded(task: SupersededTask) -> SupersededShard:
     documents that are not, it is superseded if a row of the new version has the same text, which represents them from
     then on; and so is a row whose document is not in the new version, but a passage that it represents is.
 
+    Passages of the part that wait count as before, whatever their document: the text of each is that of a passage which
+    the selection kept in a fragment outside the part, so that no new row has it yet.
+
     Memory: the ids and links of the shard and of one new shard, with hash tables of these.
     """
     store = connect(task.root)
     ids, links = open_ids(store, task.old).column("id"), open_duplicates(store, task.old)
+    waiting = _waiting(store, task, [ids, links.column("id")])
     done = _present(store, task.new, [_documents(ids), links.column("document_id")])
-    group = _Group.of(ids, links, done)
+    group = _Group.of(ids, links, done, waiting)
     heirs = _heirs(store, task, ids, links, group)
     superseded = group.ended | ~_nulls(heirs)
     names = _names(links, group, group.own_done & ~superseded)
@@ -80,7 +95,7 @@ def mark_superseded(task: SupersededTask) -> SupersededShard:
         len(ids),
         int(superseded.sum()),
         names.num_rows,
-        _first_passages(ids, group.own_done) + _first_passages(links.column("id"), group.link_done),
+        _documents_begun([ids, links.column("id")], done, waiting),
         left.num_rows,
         files,
     )
@@ -111,8 +126,8 @@ class _Group:
     """Rows of a shard, with the passages that they represent.
 
     Attributes:
-        own_done: bool (rows,), whether the row's document is in the new version.
-        link_done: bool (links,), whether the represented passage's document is.
+        own_done: bool (rows,), whether the row's document is in the new version, and the row does not wait.
+        link_done: bool (links,), whether the represented passage's document is, and that passage does not wait.
         keepers: int64 (links,), the row that represents each.
         ended: bool (rows,), rows of which all documents are in the new version.
         torn: bool (rows,), rows of which some documents are, and some are not.
@@ -125,9 +140,9 @@ class _Group:
     torn: np.ndarray
 
     @classmethod
-    def of(cls, ids: pa.ChunkedArray, links: pa.Table, done: pa.Array) -> "_Group":
-        own_done = pc.is_in(_documents(ids), value_set=done).to_numpy()
-        link_done = pc.is_in(links.column("document_id"), value_set=done).to_numpy()
+    def of(cls, ids: pa.ChunkedArray, links: pa.Table, done: pa.Array, waiting: pa.Array) -> "_Group":
+        own_done = _among(_documents(ids), done) & ~_among(ids, waiting)
+        link_done = _among(links.column("document_id"), done) & ~_among(links.column("id"), waiting)
         keepers = _places(links.column("represented_by"), ids)
         started, lasting = own_done.copy(), ~own_done
         started[keepers[link_done]] = True
@@ -146,6 +161,23 @@ def _present(store: Store, new: Sequence[ShardRecord], wanted: Sequence[pa.Chunk
         ):
             found |= pc.is_in(documents, value_set=pc.unique(column)).to_numpy(zero_copy_only=False)
     return documents.filter(pa.array(found))
+
+
+def _waiting(store: Store, task: SupersededTask, wanted: Sequence[pa.ChunkedArray]) -> pa.Array:
+    """Those of the passages that are of the part and have neither a row nor a link there: what represents them in the
+    corpus is not of the part."""
+    if task.part is None:
+        return pa.array([], pa.string())
+    own = pa.concat_arrays([chunk for column in wanted for chunk in column.chunks] or [pa.array([], pa.string())])
+    found = [pa.array([], pa.string())]
+    for table in represented_by_text(store, task.part.selection_fingerprint, task.part.fragments):
+        names = table.column("passage_id").combine_chunks()
+        found.append(names.filter(pc.is_in(names, value_set=own)))
+    waiting = pa.concat_arrays(found)
+    for shard in task.new if len(waiting) else ():
+        linked = open_duplicates(store, shard).column("id").combine_chunks()
+        waiting = waiting.filter(pc.invert(pc.is_in(waiting, value_set=linked)))
+    return waiting
 
 
 def _heirs(store: Store, task: SupersededTask, ids: pa.ChunkedArray, links: pa.Table, group: _Group) -> pa.Array:
@@ -245,6 +277,13 @@ def _nulls(values: pa.Array) -> np.ndarray:
     return nulls
 
 
-def _first_passages(ids: pa.ChunkedArray, chosen: np.ndarray) -> int:
-    """How many of the chosen ids are of a document's first passage."""
-    return int((pc.ends_with(ids, FIRST_PASSAGE).to_numpy() & chosen).sum())
+def _among(values: pa.ChunkedArray, wanted: pa.Array) -> np.ndarray:
+    among: np.ndarray = pc.is_in(values, value_set=wanted).to_numpy()
+    return among
+
+
+def _documents_begun(columns: Sequence[pa.ChunkedArray], done: pa.Array, waiting: pa.Array) -> int:
+    """How many of the passages are the first of a document that is in the new version, or of which passages wait."""
+    begun = pa.concat_arrays([done, _documents(pa.chunked_array([waiting])).combine_chunks()])
+    first = (pc.ends_with(ids, FIRST_PASSAGE).to_numpy() & _among(_documents(ids), begun) for ids in columns)
+    return sum(int(chosen.sum()) for chosen in first)

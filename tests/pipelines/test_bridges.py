@@ -88,7 +88,7 @@ def taking(made: Workspace, session: Session, new: Pipeline) -> Canary:
     before = resolve(old.config, old.origin)
     plan = make_plan(resolve(new.config, new.origin), store, 0)
     run = Run(plan.resolved, new.origin, store, session, SilentReporter(), new_run_id("test"))
-    facts = run.selected()
+    _, facts = run.prepare()
     pair = ModelPair(before, run.resolved, published_manifest(before, store))
     return Canary(session, store, SilentReporter(), new.origin, run.run_id, pair, facts, DRAWN, SEED)
 

@@ -1,6 +1,7 @@
 """Mixed versions of two real models: answers against brute force, refusals, and readers while the alias moves."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner, Result
 
-from penstock.cluster.catalog import Catalog
+from penstock.cluster.catalog import Catalog, Reason
 from penstock.cluster.file_cache import DamagedFile
 from penstock.cluster.jobs.superseded import SupersededTask, mark_superseded
 from penstock.cluster.node import CACHE_VARIABLE
@@ -44,7 +45,9 @@ from penstock.pipelines.diffing import compare
 from penstock.pipelines.measuring_answers import measure_answers
 from penstock.pipelines.mixed import BridgeUnfit, PartUnfit, publish_mixed
 from penstock.pipelines.mixed_format import MixedParts, MixedUnsupported
+from penstock.pipelines.model_pair import published_manifest, refuse_other_model
 from penstock.pipelines.opened_mixed import OpenMixed, Way
+from penstock.pipelines.planning import alias_moves
 from penstock.pipelines.progress import choose_reporter
 from penstock.pipelines.publishing import shards_of
 
@@ -520,7 +523,7 @@ def test_parts_and_models_are_opened_once(ray_session: Session, upgrade: Upgrade
 
 def test_clean_up_keeps_what_a_kept_version_is_mixed_of(ray_session: Session, upgrade: Upgrade) -> None:
     mixed = [mix(ray_session, upgrade, new)["version"] for new in (upgrade.part, upgrade.new)]
-    upgrade.point_to(mixed[0])
+    upgrade.catalog.move("live", mixed[0], expected=None, run_id="test", reason=Reason.BACKFILL)
     time.sleep(0.01)
     collect_garbage(open_store(str(upgrade.root)), 1, 1e-6, False)
     left = set(upgrade.catalog.versions())
@@ -591,8 +594,6 @@ def test_quality_is_measured_by_judgements_for_each_query(
     resolved = judged.pipeline().plan().resolved
     manifest = mix(ray_session, upgrade, upgrade.part)
     found = measure_answers(ray_session, upgrade.catalog.store.url, manifest, upgrade.old, resolved)
-    assert found["version"] == manifest["version"] and found["parts"] == [upgrade.old, upgrade.part]
-    assert found["embedded_share"] == pytest.approx(manifest["parts"][1]["rows"] / manifest["rows"], abs=1e-6)
     assert (found["queries"], found["k"]) == (len(asked) - 1, 3)
     with upgrade.opened(manifest["version"]) as index:
         ids = index.search(asked[1:], 15).ids
@@ -621,3 +622,115 @@ def test_without_judgements_the_overlap_with_the_old_version_is_measured(
     resolved = judged.pipeline(evaluate={"queries": 12}).plan().resolved
     waiting = measure_answers(ray_session, url, mix(ray_session, upgrade, None), upgrade.old, resolved)
     assert (waiting["overlap"], waiting["queries"], waiting["queries_from"]) == (1.0, 12, "passages")
+
+
+# ---- one model with other prompts
+
+
+def change_model(upgrade: Upgrade, version: str, **changes: Any) -> None:  # noqa: ANN401
+    """Let the manifest of a version state something else of its model."""
+    path = upgrade.root / "indexes/test/versions" / version / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"model": manifest["model"] | changes}))
+
+
+@pytest.mark.parametrize("prompt", ["document_prompt", "query_prompt"])
+def test_similarities_of_other_prompts_never_meet(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], prompt: str
+) -> None:
+    shutil.rmtree(upgrade.root / "indexes/test/versions" / upgrade.old)  # both parts are of the new model
+    same_model = replace(upgrade, old=upgrade.new)
+    ways = {}
+    for text in ("", "about: "):
+        change_model(upgrade, upgrade.new, **{prompt: text})
+        manifest = mix(ray_session, same_model, upgrade.part)
+        with upgrade.opened(manifest["version"]) as index:
+            present = index._present()
+            assert isinstance(present, OpenMixed)
+            ways[text] = present.way
+            found = index.search(asked, 5)
+            assert found.ranks_fused == bool(text) and found.ids.all()
+            if not text:
+                assert same(found, index.search(index.encode(asked), 5))
+                continue
+            with pytest.raises(ModelMismatch, match="has no adapter of queries"):
+                index.search(index.encode(asked), 5)
+    assert ways == {"": Way.ONE_SPACE, "about: ": Way.PLACES}
+    with pytest.raises(BridgeUnfit, match="need an adapter"):
+        mix(ray_session, same_model, upgrade.part, queries=BRIDGE)
+    upgrade.point_to(upgrade.part)
+    with open_index(str(upgrade.root), "live") as index:
+        index.search(index.encode(asked), 5)
+        upgrade.point_to(upgrade.new)
+        with pytest.raises(ModelMismatch, match="got .*, prompts ('about: ' and ''|'' and 'about: '); open"):
+            index.refresh()
+
+
+@pytest.mark.parametrize("reason", [Reason.BACKFILL, Reason.UPGRADE, Reason.PROMOTE])
+def test_no_run_undoes_a_move_to_another_model(upgrade: Upgrade, judged: Workspace, reason: Reason) -> None:
+    catalog, nothing = upgrade.catalog, {"query": "", "document": ""}
+    catalog.move("live", upgrade.new, expected=None, run_id="test", reason=reason)
+    others: list[dict[str, Any]] = [
+        {"embedding__layers": LAYERS, "embedding__layers_trained": True},
+        {"embedding__prompts": {**nothing, "query": "about: "}},
+        {"embedding__prompts": {**nothing, "document": "passage: "}},
+    ]
+    for changes in others:
+        moves, note = alias_moves(judged.pipeline(**changes).plan().resolved, catalog, "0" * 16)
+        assert not moves and f"moved to version {upgrade.new} of model" in note and f"by {reason}: set" in note
+    for changes in ({}, {"embedding__dimension": 64}, {"embedding__precision": "bfloat16"}):
+        assert alias_moves(judged.pipeline(**changes).plan().resolved, catalog, "0" * 16) == (True, "")
+    catalog.move("live", upgrade.old, expected=None, run_id="test", reason=Reason.PUBLISH)
+    assert alias_moves(judged.pipeline().plan().resolved, catalog, "0" * 16) == (True, "")
+
+
+# ---- while the alias points to a mixed version
+
+
+def test_health_and_bridges_look_at_the_old_part(ray_session: Session, upgrade: Upgrade, judged: Workspace) -> None:
+    mixed = str(mix(ray_session, upgrade, upgrade.part)["version"])
+    upgrade.point_to(mixed)
+    told = CliRunner().invoke(app, ["health", "live", "--root", str(upgrade.root), "--json"])
+    assert told.exit_code == 0, told.output
+    record = json.loads(told.stdout.splitlines()[-1])
+    assert record["version"] == upgrade.old and record["rows"] == len(upgrade.vectors(upgrade.old))
+    assert f"version {mixed} is mixed of two spaces: the report is of its old part" in told.output
+    old = judged.pipeline(embedding__layers=LAYERS, embedding__layers_trained=True).plan().resolved
+    assert published_manifest(old, upgrade.catalog.store)["version"] == upgrade.old
+    refuse_other_model(old, published_manifest(old, upgrade.catalog.store))
+
+
+# ---- clean-up
+
+
+def test_clean_up_keeps_what_a_rollback_returns_to(upgrade: Upgrade) -> None:
+    """As nightly runs of the old file would make `part` and `new`, which are newer."""
+    catalog, store = upgrade.catalog, open_store(str(upgrade.root))
+    upgrade.point_to(upgrade.part)
+    time.sleep(0.01)
+    collect_garbage(store, 1, 1e-6, False)
+    assert set(catalog.versions()) == {upgrade.old, upgrade.part, upgrade.new}
+    assert catalog.rollback("live", "test").version == upgrade.old
+    collect_garbage(store, 1, 1e-6, False)
+    assert set(catalog.versions()) == {upgrade.old, upgrade.new}
+
+
+@pytest.mark.parametrize(
+    ("days", "flipped", "kept"), [(0, False, True), (59, False, True), (61, False, False), (0, True, False)]
+)
+def test_clean_up_keeps_the_stages_of_an_unfinished_upgrade(
+    upgrade: Upgrade, days: int, flipped: bool, kept: bool
+) -> None:
+    stage = upgrade.root / "stages/embeddings/of-an-upgrade/vectors.parquet"
+    other = upgrade.root / "stages/embeddings/of-nothing/vectors.parquet"
+    record = upgrade.root / "upgrades/test/0123456789abcdef/upgrade.json"
+    for path in (stage, other, record):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"keep": [["embeddings", "of-an-upgrade"]]}))
+    if flipped:
+        record.with_name("flip.json").write_text("{}")
+    moment = time.time() - days * 86_400
+    os.utime(record, (moment, moment))
+    time.sleep(0.01)
+    collect_garbage(open_store(str(upgrade.root)), 1, 1e-6, False)
+    assert stage.exists() is kept and not other.exists() and record.exists()

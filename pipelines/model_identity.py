@@ -1,0 +1,37 @@
+"""What tells the models of versions apart, as manifests name it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from penstock.operators.encoding import Encoder
+
+PROMPTS = ("document_prompt", "query_prompt")
+MODEL_FIELDS = ("weights_sha256", "tokenizer_sha256", "configuration_sha256", "normalize", "layers", *PROMPTS)
+DIMENSION = "dimension"
+
+
+def model_identity(encoder: Encoder, query_encoder: Encoder) -> dict[str, Any]:
+    """What tells spaces apart, by the names in manifests, of the encoders of documents and of queries: the model, its
+    prompts and the dimension. Precision does not, which only decides how exactly vectors are met."""
+    return {
+        "weights_sha256": encoder.weights_hash,
+        "tokenizer_sha256": encoder.tokenizer_hash,
+        "configuration_sha256": encoder.configuration_hash,
+        DIMENSION: encoder.dimension,
+        "normalize": encoder.normalize,
+        "layers": encoder.layers,
+        "document_prompt": encoder.prompt,
+        "query_prompt": query_encoder.prompt,
+    }
+
+
+def is_same_model(identity: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
+    """Whether an identity, or the `model` of a manifest, is of the model and the prompts of another manifest's `model`,
+    whatever the dimension and the precision."""
+    return all(identity[name] == stated[name] for name in MODEL_FIELDS)
+
+
+def is_one_space(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether similarities to vectors of two versions, by the `model` of their manifests, compare with each other: they
+    were made by the same encoder, with the same prompts, which `space` leaves out."""
+    return all(model[name] == other[name] for name in ("space", *PROMPTS))
