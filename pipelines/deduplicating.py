@@ -81,10 +81,13 @@ class Deduplicating:
             done = deduplicated_of(self.resolved, self.embedded, self.store)
         if done is None or done.deduplicated is None:
             raise FileNotFoundError("what stays was written and is gone; run again")
-        removed = self.embedded.rows - done.rows
+        decision = read_decision(self.store, done.deduplicated.kept)
+        if decision is None:
+            raise FileNotFoundError("what stays was written and is gone; run again")
+        removed = decision.record["removed"]
         dropped = {DUPLICATE_MEANING: removed} if removed else {}
         seconds = time.monotonic() - started
-        before = done.rows + removed
+        before = decision.record["rows"]
         return done, StageEntry(KEPT, before, done.rows, dropped, len(done.embeddings), seconds=seconds)
 
     def curve(self) -> dict[str, Any]:
@@ -99,7 +102,8 @@ class Deduplicating:
         """
         plan = Deduplicated.of(self.resolved, self.embedded)
         job, _ = self._join_job(plan, self.embedded.rows)
-        rows, records = self.embedded.rows, self._pairs(job)
+        records = self._pairs(job)
+        rows = sum(record.rows for record in records)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
         points: list[dict[str, Any]] = []
         removals: list[RemovalJob] = []
@@ -179,10 +183,10 @@ class Deduplicating:
             "similarity": plan.similarity,
             "carried": asdict(carried),
             "pair_recall": recall,
-            "removed": self.embedded.rows - sum(kept.values()),
+            "removed": sum(receipt.rows_in - receipt.rows_out for receipt in kept.values()),
             "removed_documents": None if documents is None else removed,
-            "rows": self.embedded.rows,
-            "fragments": kept,
+            "rows": sum(receipt.rows_in for receipt in kept.values()),
+            "fragments": {passages: receipt.rows_out for passages, receipt in kept.items()},
         }
         self.store.write(record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
 
@@ -366,8 +370,8 @@ class Deduplicating:
                 name = fingerprint(stage=DOCUMENT_PAIRS, removal=plan.removal)
                 return DocumentJob(name, removal, deduplicate.covered_share)
 
-    def _keep(self, plan: Deduplicated, removal: RemovalJob, documents: DocumentJob | None) -> dict[str, int]:
-        """Embeddings that stay: passages fragment → rows."""
+    def _keep(self, plan: Deduplicated, removal: RemovalJob, documents: DocumentJob | None) -> dict[str, Receipt]:
+        """Embeddings that stay: passages fragment → rows in and out. Rows in are those that have a vector."""
         embedded = self.embedded
         source = RowSource(
             self.store.url,
@@ -386,12 +390,12 @@ class Deduplicating:
             for fact in embedded.facts
             if (name := embedded.embeddings.get(fact.passages))
         ]
-        rows: dict[str, int] = {}
+        receipts: dict[str, Receipt] = {}
         with self.reporter.stage(KEPT, len(tasks), "fragments") as advance:
             for work in self.session.stream(keep_rows, tasks):
-                rows[names[work.receipt.fragment]] = work.receipt.rows_out
-                advance(1, f"{sum(rows.values()):,} vectors stay")
-        return rows
+                receipts[names[work.receipt.fragment]] = work.receipt
+                advance(1, f"{sum(receipt.rows_out for receipt in receipts.values()):,} vectors stay")
+        return receipts
 
 
 def _cells(rows: int, parts: int) -> int:

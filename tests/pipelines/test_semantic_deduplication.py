@@ -11,22 +11,43 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.identity import row_hashes
+from penstock.operators.models import resolve_model
 from penstock.pipelines import Pipeline, open_index
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.cli import app
 from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.running import Report
 
-from .conftest import Workspace, read_ledger
+from .conftest import MODEL, Workspace, read_ledger
 
 SIMILARITY = 0.93
 RULE = {"type": "semantic", "similarity": SIMILARITY, "keep": "longest"}
+
+
+REFUSING = """
+import torch
+
+
+class Refusing(torch.nn.Module):
+    def forward(self, features, **kwargs):
+        if (features["input_ids"] == {token}).any():
+            raise ValueError("this token is refused")
+        return features
+
+    def save(self, *args, **kwargs):
+        pass
+
+    @classmethod
+    def load(cls, *args, **kwargs):
+        return cls()
+"""
 
 
 def reworded(text: str) -> str:
@@ -65,6 +86,8 @@ def encoded(root: Path) -> dict[str, tuple[np.ndarray, int]]:
     """Passage id → vector and tokens of all passages that have a vector, deduplicated or not."""
     vectors: dict[str, np.ndarray] = {}
     for path in root.glob("stages/embeddings/*/*.parquet"):
+        if path.name.endswith(".dropped.parquet"):
+            continue
         table = pa.parquet.read_table(path)
         for name, vector in zip(
             table.column("passage_id").to_pylist(), table.column("embedding").to_pylist(), strict=True
@@ -157,6 +180,40 @@ def test_the_record_and_the_ledger_say_what_went(made: Workspace) -> None:
     assert sum(record["histogram"]["pairs"]) == record["pairs"]
     ledger = read_ledger(made.root)["kept"]
     assert ledger["dropped"] == {"duplicate_meaning": record["removed"]} and ledger["rows_in"] == len(rows)
+
+
+def test_a_text_without_a_vector_stops_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    model = refusing_model(tmp_path / "model", "harbour")
+    embedding = {"model": str(model), "trust_remote_code": True, "precision": "float32", "workers": {"count": 1}}
+    changes = {"embedding": embedding, "gate": {"recall": 1.0, "max_dropped_fraction": 0.5}}
+    workspace.write("refused.jsonl", [{"id": "refused", "text": "The harbour is refused.", "topic": "x"}])
+    for similarity in (SIMILARITY, 0.97):  # decided, and decided again from stored pairs
+        report = workspace.pipeline(deduplicate={**RULE, "similarity": similarity}, **changes).run()
+        assert report is not None and report.status.value == "published"
+        ledger = read_ledger(workspace.root)
+        assert ledger["embeddings"]["dropped"] == {"encoder_error": 1}
+        kept = ledger["kept"]
+        assert kept["rows_in"] == ledger["embeddings"]["rows_out"] == len(encoded(workspace.root))
+        assert (
+            kept["rows_out"] == len(published(workspace.root)) == kept["rows_in"] - kept["dropped"]["duplicate_meaning"]
+        )
+    workspace.write("more.jsonl", [{"id": "more", "text": "A new text about a new thing.", "topic": "x"}])
+    report = workspace.pipeline(deduplicate={**RULE, "similarity": 0.97}, **changes).run()  # builds upon the last one
+    assert report is not None and report.status.value == "published" and "more#0" in published(workspace.root)
+
+
+def refusing_model(folder: Path, word: str) -> Path:
+    """The model, which raises for texts that have a word."""
+    source = resolve_model(MODEL)
+    shutil.copytree(source, folder, copy_function=os.symlink)
+    token = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(word)
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").unlink()
+    modules.append({"idx": 9, "name": "9", "path": "9_Refusing", "type": "refusing.Refusing"})
+    (folder / "9_Refusing").mkdir()
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "refusing.py").write_text(REFUSING.format(token=token))
+    return folder
 
 
 def test_another_threshold_joins_and_encodes_nothing_again(workspace: Workspace) -> None:
