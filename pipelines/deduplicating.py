@@ -10,7 +10,7 @@ import numpy as np
 
 from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
-from penstock.cluster.jobs.document_pairs import DocumentJob, remove_documents
+from penstock.cluster.jobs.document_pairs import DocumentJob, IncidencesTask, count_incidences, remove_documents
 from penstock.cluster.jobs.groups import are_grouped, group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
@@ -171,7 +171,7 @@ class Deduplicating:
         job, factor = self._join_job(plan, carried.standing + carried.open)
         records = self._pairs(job) if carried.open else []
         recall = self._pair_recall(plan, job, records, carried.open)
-        removal = self._removal(plan, records)
+        removal = self._in_buckets(self._removal(plan, records))
         documents = self._documents(plan, removal)
         removed = self._decide(removal, documents)
         kept = self._keep(plan, removal, documents)
@@ -358,6 +358,15 @@ class Deduplicating:
             standing=plan.standing,
             fragments=tuple(sorted(embedded.embeddings.values())),
             equal_files=tuple(path for record in records for path in record.equal_files),
+        )
+
+    def _in_buckets(self, removal: RemovalJob) -> RemovalJob:
+        """The choice in as many buckets as its pairs need, or the incidences of documents, which can be far more."""
+        if self.resolved.pipeline.deduplicate.level is Level.PASSAGE:
+            return removal
+        task = IncidencesTask(removal.root, removal.files, removal.equal_files, removal.similarity)
+        return replace(
+            removal, buckets=max(removal.buckets, buckets_for(self.session.run(count_incidences, task) // 2))
         )
 
     def _documents(self, plan: Deduplicated, removal: RemovalJob) -> DocumentJob | None:
