@@ -110,8 +110,8 @@ class _Planes:
     def nearest_parts(
         self, vectors: np.ndarray, nearest: np.ndarray, lead: np.ndarray, reach: float, most: int
     ) -> np.ndarray:
-        """Of the later parts within reach those `most` that are the nearest, bool (n, p): distances of the cells that may
-        be the nearest of such a part are computed again, in float64 and row by row."""
+        """Of the later parts within reach those `most` that are the nearest, bool (n, p): distances of the cells that
+        may be the nearest of such a part are computed again, in float64 and row by row."""
         apart = self._apart[nearest]
         least, at_most = np.maximum(lead - 2 * MARGIN, 0) / apart, self._by_part(nearest, np.maximum(lead, 0) / apart)
         limit = np.minimum(at_most, np.minimum(reach, _nth(at_most, most)))
@@ -135,7 +135,8 @@ class _Planes:
         """Distances float64 (m,) of rows to the planes between their nearest centroid and a cell each."""
         home = nearest[row]
         lead = self._nearness(vectors, row, home) - self._nearness(vectors, row, cell)
-        return np.maximum(lead - MARGIN, 0) / self._apart[home, cell]
+        distances: np.ndarray = np.maximum(lead - MARGIN, 0) / self._apart[home, cell]
+        return distances
 
     def _nearness(self, vectors: np.ndarray, row: np.ndarray, cell: np.ndarray) -> np.ndarray:
         result = np.empty(len(row))

@@ -46,8 +46,8 @@ JOIN_BYTES_PER_COMPONENT = 16
 # 20 bytes each, three times while they are sorted and written, and 150 where they are dealt out to their rows.
 PAIRS_PER_FILE = 2_000_000
 PREDICTED_ROWS = 8_192
-# True pairs of a sampled row that are looked for among those found, 16 bytes each: a row of a million twins, whose pairs
-# are found or lost alike, counts as one of so many. Rows are compared with so many at a time.
+# True pairs of a sampled row that are looked for among those found, 16 bytes each: a row of a million twins, whose
+# pairs are found or lost alike, counts as one of so many. Rows are compared with so many at a time.
 TRUTH_PAIRS, TRUTH_ROWS = 1_000, 16_384
 SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
 LEFT, RIGHT, SIMILARITY = "left", "right", "similarity"
@@ -336,7 +336,7 @@ def measured_recall(
     """The share of all pairs of sampled rows with any row that the join found: every open row of a seeded `share` of
     the hash space is compared with all rows that take part.
 
-    Of a row with more than TRUTH_PAIRS pairs a seeded choice of as many counts, so that memory is bounded by the sample.
+    Of a row with more than TRUTH_PAIRS pairs a seeded choice of as many counts: memory is bounded by the sample.
     """
     sample = session.run(sampled_rows, SampleTask(job, share, seed))
     wanted = np.empty((0, 2), np.uint64)
