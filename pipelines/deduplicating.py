@@ -49,6 +49,7 @@ from penstock.pipelines.planning import (
     Resolved,
     deduplicated_of,
     deduplication_of,
+    pair_recall_path,
     vector_bytes,
 )
 from penstock.pipelines.progress import Reporter
@@ -76,6 +77,7 @@ class Deduplicating:
         """The embeddings that stay, and the entry of the ledger."""
         started = time.monotonic()
         done = deduplicated_of(self.resolved, self.embedded, self.store)
+        decided = done is not None
         if done is None:
             self._deduplicate(deduplication_of(self.resolved, self.embedded, self.store))
             done = deduplicated_of(self.resolved, self.embedded, self.store)
@@ -84,6 +86,8 @@ class Deduplicating:
         decision = read_decision(self.store, done.deduplicated.kept)
         if decision is None:
             raise FileNotFoundError("what stays was written and is gone; run again")
+        if decided:
+            self._warn_of(done.deduplicated, Join(decision.record["join"]), decision.record["predicted_factor"])
         removed = decision.record["removed"]
         dropped = {DUPLICATE_MEANING: removed} if removed else {}
         seconds = time.monotonic() - started
@@ -101,7 +105,8 @@ class Deduplicating:
         Memory: as `run`; each threshold decides in buckets.
         """
         plan = Deduplicated.of(self.resolved, self.embedded)
-        job, _ = self._join_job(plan, self.embedded.rows)
+        job, factor = self._join_job(plan, self.embedded.rows)
+        self._warn_of(plan, job.join, factor)
         records = self._pairs(job)
         rows = sum(record.rows for record in records)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
@@ -125,6 +130,8 @@ class Deduplicating:
         return {
             "rows": rows,
             "pairs": sum(record.pairs for record in records),
+            "join": job.join.value,
+            "pair_recall": self._pair_recall(plan, job, records, rows),
             "floor": plan.floor,
             "similarity": plan.similarity,
             "points": points,
@@ -169,6 +176,7 @@ class Deduplicating:
     def _deduplicate(self, plan: Deduplicated) -> None:
         carried = self._carry(plan)
         job, factor = self._join_job(plan, carried.standing + carried.open)
+        self._warn_of(plan, job.join, factor)
         records = self._pairs(job) if carried.open else []
         recall = self._pair_recall(plan, job, records, carried.open)
         removal = self._in_buckets(self._removal(plan, records))
@@ -252,7 +260,7 @@ class Deduplicating:
         self, plan: Deduplicated, job: JoinJob, records: list[PartRecord], open_rows: int
     ) -> dict[str, Any]:
         """The share of true pairs that the join found, measured once for it."""
-        path = f"{stage_folder(PAIRS, plan.pairs)}/recall.json"
+        path = pair_recall_path(plan.pairs)
         try:
             found: dict[str, Any] = json.loads(self.store.read(path))
         except FileNotFoundError:
@@ -311,13 +319,16 @@ class Deduplicating:
             return job, float(stored)
         factor = self.session.run(predict_factor, FactorTask(job, self.embedded.rows, plan.seed))
         join = affordable(plan.join, factor)
+        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
+        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor
+
+    def _warn_of(self, plan: Deduplicated, join: Join, factor: float) -> None:
+        """Tells that another join than the one asked for found the pairs."""
         if join is not plan.join:
             self.reporter.warn(
                 f"an exact join would store {factor:.1f} rows for each row; the graph join takes its place, which "
-                "misses some pairs: the report says how many"
+                "misses some pairs: pair_recall of kept.json and of dedup-curve say what share it finds"
             )
-        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
-        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor
 
     def _shared(self, job: JoinJob, rows: int, parts: int) -> JoinJob:
         if parts == 1:

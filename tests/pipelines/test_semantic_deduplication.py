@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from penstock.cluster.catalog import Catalog
+from penstock.cluster.jobs.evaluation import QueriesInvalid
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.identity import row_hashes
@@ -23,6 +24,7 @@ from penstock.pipelines import Pipeline, open_index
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.cli import app
 from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.progress import SilentReporter
 from penstock.pipelines.running import Report
 
 from .conftest import MODEL, Workspace, read_ledger
@@ -220,6 +222,8 @@ def test_another_threshold_joins_and_encodes_nothing_again(workspace: Workspace)
     pairs = {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")}
     for folder in (*workspace.root.glob("stages/replicas/*"), *workspace.root.glob("stages/centroids/*")):
         shutil.rmtree(folder)  # clean-up takes them
+    before = workspace.pipeline(deduplicate={**RULE, "similarity": 0.97}).plan()
+    assert next(stage for stage in before.stages if stage.name == "kept").why == "to decide again by stored pairs"
     report = run(workspace, similarity=0.97)
     assert {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")} == pairs and pairs
     assert published(workspace.root) == expected(workspace.root, 0.97)
@@ -250,6 +254,7 @@ def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_p
     done = CliRunner().invoke(app, ["dedup-curve", str(path), "--plot", str(drawn), "--page", str(page), "--json"])
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout.strip().splitlines()[-1])
+    assert record["join"] == "exact" and record["pair_recall"]["recall"] == 1.0 and record["pair_recall"]["pairs"] > 0
     rows = encoded(workspace.root)
     removed = {point["similarity"]: point["removed"] for point in record["points"]}
     assert removed[SIMILARITY] == len(rows) - len(published(workspace.root))
@@ -267,6 +272,7 @@ def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_p
     assert page.read_text().count("<tr") == len(examples) + 1 and escape(examples[0]["left"]["id"]) in page.read_text()
     shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
     assert shown.exit_code == 0 and "in the file" in shown.stdout and f"{removed[SIMILARITY]:,}" in shown.stdout
+    assert "Found by join exact: 1.0000 of" in shown.stdout
     other = CliRunner().invoke(app, ["dedup-curve", str(workspace.file(deduplicate={"type": "exact"}))])
     assert isinstance(other.exception, PipelineFileInvalid) and "must be semantic" in str(other.exception)
 
@@ -326,6 +332,41 @@ def test_the_curve_says_what_thresholds_do_to_answers(workspace: Workspace, tmp_
     assert page.read_text().count("<tr") == len(record["examples"]) + 2 + len(points)
     shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
     assert "represented" in shown.stdout and f"{points[0.85]['recall']:.4f}" in shown.stdout
+
+
+def test_judgements_without_a_relevant_document_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    queries, relevance = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text(json.dumps({"id": "q", "text": "an array"}))
+    relevance.write_text("q\td000\t0\n")
+    evaluate = {"queries": str(queries), "relevance": str(relevance)}
+    with pytest.raises(QueriesInvalid) as refused:
+        workspace.pipeline(deduplicate=RULE, evaluate=evaluate).dedup_curve()
+    words = f"evaluate.relevance ({relevance}) must judge a document relevant (above 0) for some of the 1 queries"
+    assert words in str(refused.value)
+
+
+class Warned(SilentReporter):
+    """Notes warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_every_run_says_that_another_join_took_the_place_of_the_one_asked_for(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.pipelines.deduplicating.JOIN_MEMORY_BYTES", 1 << 18)
+    monkeypatch.setattr("penstock.cluster.jobs.similarity.MOST_COPIES", 0.5)
+    for threshold in (0.95, 0.97, 0.95):
+        pipeline, reporter = workspace.pipeline(deduplicate={**RULE, "similarity": threshold, "floor": 0.9}), Warned()
+        pipeline.run(reporter)
+        (told,) = [text for text in reporter.warnings if "the graph join takes its place" in text]
+        assert "an exact join would store" in told
+    reporter = Warned()
+    assert pipeline.dedup_curve(reporter)["join"] == "graph" and len(reporter.warnings) == 1
 
 
 def test_cleaning_up_leaves_what_other_thresholds_need(workspace: Workspace) -> None:
