@@ -15,6 +15,7 @@ from penstock.cluster.jobs.groups import are_grouped, group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
+from penstock.cluster.jobs.removed_names import NamesTask, name_ranges, write_names
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import (
     GRAPH_COPIES,
@@ -183,6 +184,7 @@ class Deduplicating:
         documents = self._documents(plan, removal)
         removed = self._decide(removal, documents)
         kept = self._keep(plan, removal, documents)
+        self._name(plan, sum(receipt.rows_in - receipt.rows_out for receipt in kept.values()))
         record = self._joined(job, factor, records) | {
             "rule": plan.rule,
             "earlier": plan.earlier,
@@ -389,6 +391,15 @@ class Deduplicating:
             case Level.DOCUMENT:
                 name = fingerprint(stage=DOCUMENT_PAIRS, removal=plan.removal)
                 return DocumentJob(name, removal, deduplicate.covered_share)
+
+    def _name(self, plan: Deduplicated, removed: int) -> None:
+        """The table of what went, by ids."""
+        fragments = tuple(sorted(plan.fragment(name) for name in self.embedded.embeddings.values()))
+        ranges = name_ranges(removed)
+        tasks = [NamesTask(self.store.url, plan.kept, fragments, number, ranges) for number in range(ranges)]
+        with self.reporter.stage("names", ranges, "files") as advance:
+            for rows in self.session.stream(write_names, tasks):
+                advance(1, f"{rows:,} passages that went")
 
     def _keep(self, plan: Deduplicated, removal: RemovalJob, documents: DocumentJob | None) -> dict[str, Receipt]:
         """Embeddings that stay: passages fragment → rows in and out. Rows in are those that have a vector."""

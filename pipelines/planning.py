@@ -1076,7 +1076,7 @@ def _kept_plan(resolved: Resolved, embedded: Embedded, kept: Embedded | None, st
     if earlier is not None:
         stays = sum(earlier.rows.values())
         why = f"{new:,} passages of new or changed fragments to compare with {stays:,} that stay"
-    if store.info(pair_recall_path(plan.pairs)) is not None:
+    elif store.info(pair_recall_path(plan.pairs)) is not None:
         why = "to decide again by stored pairs"
     size_bytes = embedded.rows * vector_bytes(resolved)
     return [StagePlan(KEPT, plan.kept, 0, len(embedded.embeddings), embedded.rows, size_bytes, why)]

@@ -149,6 +149,17 @@ def test_every_passage_that_went_is_linked_to_a_twin_that_stays(made: Workspace)
     assert {link["represented_by"] for link in same_text.values()} <= stays
 
 
+def test_a_table_names_what_went_and_what_stays_for_it(made: Workspace) -> None:
+    tables = [pa.parquet.read_table(path) for path in made.root.glob("stages/kept/*/removed-*.parquet")]
+    found = {row["removed_id"]: row for row in pa.concat_tables(tables).to_pylist()}
+    with open_index(str(made.root), "live") as index:
+        links = index.duplicates(sorted(published(made.root))).to_pylist()
+    by_meaning = {link["id"]: link for link in links if link["similarity"] is not None}
+    assert set(found) == set(by_meaning) == set(encoded(made.root)) - published(made.root)
+    for name, link in by_meaning.items():
+        assert found[name]["kept_id"] == link["represented_by"] and found[name]["similarity"] == link["similarity"]
+
+
 def test_a_file_of_twins_alone_leaves_its_links(workspace: Workspace) -> None:
     texts = [json.loads(line) for line in (workspace.corpus / "one.jsonl").read_text().splitlines()]
     twins = [{"id": f"g{row['id']}", "text": row["text"].rstrip(".") + " .", "topic": "twin"} for row in texts[:12]]
