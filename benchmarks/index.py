@@ -386,7 +386,7 @@ def _figures(contender: Contender) -> dict[str, Any]:
 
 
 def ratios(contenders: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The planner's choices over the peers."""
+    """The planner's choices over the peers, and what they keep."""
     free, small = [one for one in contenders if one["ours"]]
     peers = [one for one in contenders if not one["ours"] and one["recall"] >= RECALL]
     best = max(peers, key=lambda one: one["queries_per_s"])
@@ -396,6 +396,9 @@ def ratios(contenders: Sequence[dict[str, Any]]) -> dict[str, float]:
         "picked_over_best_peer": round(free["queries_per_s"] / best["queries_per_s"], 3),
         "picked_bytes_over_best_peer": round(total / best["bytes_per_vector"], 3),
         "small_over_exact": round(small["queries_per_s"] / exact["queries_per_s"], 3),
+        "picked_recall": free["recall"],
+        "small_recall": small["recall"],
+        "small_bytes": small["bytes_per_vector"],
     }
 
 
@@ -415,6 +418,9 @@ def bars(found: dict[str, Any]) -> dict[str, bool]:
     met = {
         "picked_over_best_peer": found["picked_over_best_peer"] >= 1 and found["picked_bytes_over_best_peer"] <= 1,
         "small_over_exact": found["small_over_exact"] >= 2,
+        "picked_recall": found["picked_recall"] >= RECALL,
+        "small_recall": found["small_recall"] >= RECALL,
+        "small_bytes": found["small_bytes"] <= MEMORY_BUDGET,
     }
     if "picked_over_exhaustive" in found:
         met["picked_over_exhaustive"] = found["picked_over_exhaustive"] >= 0.9

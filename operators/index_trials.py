@@ -125,10 +125,10 @@ class Trial:
 
     Queries are timed in one batch, `latency_ms` one by one, both on one thread; both figures are for a shard of
     `shard_rows`, by how its family scales. `query_us` is what a query of the batch took as measured, of which
-    `index_us` within the index: that part grows with the rows. `shard_recall` is what the same lists and width are
-    predicted to keep in a shard. `bytes_per_vector` is of the index file of a whole
-    shard, and of the transforms in front of it as if each shard had its own; stored vectors for re-ranking are
-    `rerank_bytes`. `factory` is that of the index, behind `PCA` where vectors are reduced.
+    `index_us` within the index: that part grows with the rows; `single_ms` is what a query by itself took as measured.
+    `shard_recall` is what the same lists and width are predicted to keep in a shard. `bytes_per_vector` is of the index
+    file of a whole shard, and of the transforms in front of it as if each shard had its own; stored vectors for
+    re-ranking are `rerank_bytes`. `factory` is that of the index, behind `PCA` where vectors are reduced.
     """
 
     candidate: Candidate
@@ -140,6 +140,7 @@ class Trial:
     shard_recall: float
     query_us: float
     index_us: float
+    single_ms: float
     queries_per_s: float
     latency_ms: float
     bytes_per_vector: float
@@ -160,12 +161,13 @@ class Trial:
         return {name: share for name, share in over.items() if share > 0}
 
     def grown(self, exponent: float) -> "Trial":
-        """The figures for a whole shard, where the time in the index grows with this power of the rows."""
+        """The figures for a whole shard, where the time in the index grows with this power of the rows: from what was
+        measured, so that a later estimate replaces an earlier one."""
         more_us = self.index_us * ((self.shard_rows / self.rows) ** exponent - 1)
         return replace(
             self,
             queries_per_s=1e6 / (self.query_us + more_us),
-            latency_ms=self.latency_ms * (1 + more_us / self.query_us),
+            latency_ms=self.single_ms * (1 + more_us / self.query_us),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -175,6 +177,7 @@ class Trial:
             "shard_recall": round(self.shard_recall, 5),
             "query_us": round(self.query_us, 2),
             "index_us": round(self.index_us, 2),
+            "single_ms": round(self.single_ms, 4),
             "queries_per_s": round(self.queries_per_s, 1),
             "latency_ms": round(self.latency_ms, 4),
             "bytes_per_vector": round(self.bytes_per_vector, 1),
@@ -326,6 +329,7 @@ def _built(
 def _trial(sample: Sample, built: _Built, budget: Budget, shard_rows: int) -> Trial:
     point, recall = _operating_point(sample, built, budget)
     query_us, index_us = _timed_batch(built, sample.queries, budget.k, point)
+    single_ms = _timed_singles(built.searcher, sample.queries, budget.k, point)
     rows, dimension = sample.vectors.shape
     reduced = built.candidate.reduced
     trial = Trial(
@@ -338,8 +342,9 @@ def _trial(sample: Sample, built: _Built, budget: Budget, shard_rows: int) -> Tr
         shard_recall=_shard_recall(sample, built, budget.k, point, shard_rows) if shard_rows > rows else recall,
         query_us=query_us,
         index_us=index_us,
+        single_ms=single_ms,
         queries_per_s=1e6 / query_us,
-        latency_ms=_timed_singles(built.searcher, sample.queries, budget.k, point),
+        latency_ms=single_ms,
         bytes_per_vector=_bytes_in_shard(built, sample, shard_rows),
         rerank_bytes=_stored_bytes(sample) if built.candidate.rerank else 0.0,
         build_s=built.build_s,

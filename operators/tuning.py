@@ -201,8 +201,12 @@ def finalists(estimates: Sequence[Trial], budget: Budget) -> list[Candidate]:
 
 
 def _kind(trial: Trial) -> Kind:
+    return _kind_of(trial.candidate)
+
+
+def _kind_of(one: Candidate) -> Kind:
     """What time grows alike for: the family, and whether dimensions are fewer."""
-    return trial.candidate.family, trial.candidate.reduced is not None
+    return one.family, one.reduced is not None
 
 
 def _reach(kind: Kind) -> float:
@@ -225,9 +229,9 @@ def _ranked(estimates: Sequence[Trial], budget: Budget) -> list[Trial]:
 
 
 def _with_variants(chosen: Sequence[Candidate], grid: Sequence[Candidate]) -> list[Candidate]:
-    """The chosen, and for the first of each family what differs from it by a step in lists or links alone."""
-    first = {one.family: one for one in reversed(chosen)}
-    return _unique([*chosen, *(one for one in grid if one.family in first and _near(one, first[one.family]))])
+    """The chosen, and for the first of each kind what differs from it by a step in lists or links alone."""
+    first = {_kind_of(one): one for one in reversed(chosen)}
+    return _unique([*chosen, *(one for one in grid if _kind_of(one) in first and _near(one, first[_kind_of(one)]))])
 
 
 def _near(one: Candidate, other: Candidate) -> bool:

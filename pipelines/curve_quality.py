@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from penstock.cluster.jobs.evaluation import EncodeQueriesTask, Queries, encode_queries
+from penstock.cluster.jobs.evaluation import EncodeQueriesTask, Queries, QueriesInvalid, encode_queries
 from penstock.cluster.jobs.removal import RemovalJob
 from penstock.cluster.jobs.stay_search import RepresentedTask, StayFound, StayTask, represented, search_stays
 from penstock.cluster.session import Session
@@ -61,7 +61,11 @@ class CurveQuality:
         }
 
     def _queries(self) -> tuple[Queries, list[dict[str, float]] | None]:
-        """The first MOST_QUERIES queries of the file, of those that are judged if any are, with the judgements."""
+        """The first MOST_QUERIES queries of the file, of those that are judged if any are, with the judgements.
+
+        Raises:
+            QueriesInvalid: no document is judged relevant to any.
+        """
         evaluate = self.resolved.pipeline.evaluate
         store, path = split_path(str(evaluate.queries))
         queries = self.session.run(encode_queries, EncodeQueriesTask(store.url, path, self.resolved.query_encoder))
@@ -69,6 +73,11 @@ class CurveQuality:
         if evaluate.relevance:
             rows, relevance = judged_queries(*place_of(evaluate.relevance), queries.ids)
             relevance = relevance[:MOST_QUERIES]
+            if not any(value > 0 for judged in relevance for value in judged.values()):
+                raise QueriesInvalid(
+                    f"evaluate.relevance ({evaluate.relevance}) must judge a document relevant (above 0) for some of "
+                    f"the {len(relevance):,} queries, it does for none: there is no answer to lose"
+                )
         rows = rows[:MOST_QUERIES]
         chosen = Queries(tuple(queries.ids[row] for row in rows), queries.vectors[rows], (None,) * len(rows))
         return chosen, relevance

@@ -10,11 +10,12 @@ import numpy as np
 
 from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
-from penstock.cluster.jobs.document_pairs import DocumentJob, remove_documents
+from penstock.cluster.jobs.document_pairs import DocumentJob, IncidencesTask, count_incidences, remove_documents
 from penstock.cluster.jobs.groups import are_grouped, group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
+from penstock.cluster.jobs.removed_names import NamesTask, name_ranges, write_names
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import (
     GRAPH_COPIES,
@@ -49,6 +50,7 @@ from penstock.pipelines.planning import (
     Resolved,
     deduplicated_of,
     deduplication_of,
+    pair_recall_path,
     vector_bytes,
 )
 from penstock.pipelines.progress import Reporter
@@ -76,15 +78,21 @@ class Deduplicating:
         """The embeddings that stay, and the entry of the ledger."""
         started = time.monotonic()
         done = deduplicated_of(self.resolved, self.embedded, self.store)
+        decided = done is not None
         if done is None:
             self._deduplicate(deduplication_of(self.resolved, self.embedded, self.store))
             done = deduplicated_of(self.resolved, self.embedded, self.store)
         if done is None or done.deduplicated is None:
             raise FileNotFoundError("what stays was written and is gone; run again")
-        removed = self.embedded.rows - done.rows
+        decision = read_decision(self.store, done.deduplicated.kept)
+        if decision is None:
+            raise FileNotFoundError("what stays was written and is gone; run again")
+        if decided:
+            self._warn_of(done.deduplicated, Join(decision.record["join"]), decision.record["predicted_factor"])
+        removed = decision.record["removed"]
         dropped = {DUPLICATE_MEANING: removed} if removed else {}
         seconds = time.monotonic() - started
-        before = done.rows + removed
+        before = decision.record["rows"]
         return done, StageEntry(KEPT, before, done.rows, dropped, len(done.embeddings), seconds=seconds)
 
     def curve(self) -> dict[str, Any]:
@@ -98,8 +106,10 @@ class Deduplicating:
         Memory: as `run`; each threshold decides in buckets.
         """
         plan = Deduplicated.of(self.resolved, self.embedded)
-        job, _ = self._join_job(plan, self.embedded.rows)
-        rows, records = self.embedded.rows, self._pairs(job)
+        job, factor = self._join_job(plan, self.embedded.rows)
+        self._warn_of(plan, job.join, factor)
+        records = self._pairs(job)
+        rows = sum(record.rows for record in records)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
         points: list[dict[str, Any]] = []
         removals: list[RemovalJob] = []
@@ -121,6 +131,8 @@ class Deduplicating:
         return {
             "rows": rows,
             "pairs": sum(record.pairs for record in records),
+            "join": job.join.value,
+            "pair_recall": self._pair_recall(plan, job, records, rows),
             "floor": plan.floor,
             "similarity": plan.similarity,
             "points": points,
@@ -165,12 +177,14 @@ class Deduplicating:
     def _deduplicate(self, plan: Deduplicated) -> None:
         carried = self._carry(plan)
         job, factor = self._join_job(plan, carried.standing + carried.open)
+        self._warn_of(plan, job.join, factor)
         records = self._pairs(job) if carried.open else []
         recall = self._pair_recall(plan, job, records, carried.open)
-        removal = self._removal(plan, records)
+        removal = self._in_buckets(self._removal(plan, records))
         documents = self._documents(plan, removal)
         removed = self._decide(removal, documents)
         kept = self._keep(plan, removal, documents)
+        self._name(plan, sum(receipt.rows_in - receipt.rows_out for receipt in kept.values()))
         record = self._joined(job, factor, records) | {
             "rule": plan.rule,
             "earlier": plan.earlier,
@@ -179,10 +193,10 @@ class Deduplicating:
             "similarity": plan.similarity,
             "carried": asdict(carried),
             "pair_recall": recall,
-            "removed": self.embedded.rows - sum(kept.values()),
+            "removed": sum(receipt.rows_in - receipt.rows_out for receipt in kept.values()),
             "removed_documents": None if documents is None else removed,
-            "rows": self.embedded.rows,
-            "fragments": kept,
+            "rows": sum(receipt.rows_in for receipt in kept.values()),
+            "fragments": {passages: receipt.rows_out for passages, receipt in kept.items()},
         }
         self.store.write(record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
 
@@ -248,7 +262,7 @@ class Deduplicating:
         self, plan: Deduplicated, job: JoinJob, records: list[PartRecord], open_rows: int
     ) -> dict[str, Any]:
         """The share of true pairs that the join found, measured once for it."""
-        path = f"{stage_folder(PAIRS, plan.pairs)}/recall.json"
+        path = pair_recall_path(plan.pairs)
         try:
             found: dict[str, Any] = json.loads(self.store.read(path))
         except FileNotFoundError:
@@ -307,13 +321,16 @@ class Deduplicating:
             return job, float(stored)
         factor = self.session.run(predict_factor, FactorTask(job, self.embedded.rows, plan.seed))
         join = affordable(plan.join, factor)
+        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
+        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor
+
+    def _warn_of(self, plan: Deduplicated, join: Join, factor: float) -> None:
+        """Tells that another join than the one asked for found the pairs."""
         if join is not plan.join:
             self.reporter.warn(
                 f"an exact join would store {factor:.1f} rows for each row; the graph join takes its place, which "
-                "misses some pairs: the report says how many"
+                "misses some pairs: pair_recall of kept.json and of dedup-curve say what share it finds"
             )
-        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
-        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor
 
     def _shared(self, job: JoinJob, rows: int, parts: int) -> JoinJob:
         if parts == 1:
@@ -356,6 +373,15 @@ class Deduplicating:
             equal_files=tuple(path for record in records for path in record.equal_files),
         )
 
+    def _in_buckets(self, removal: RemovalJob) -> RemovalJob:
+        """The choice in as many buckets as its pairs need, or the incidences of documents, which can be far more."""
+        if self.resolved.pipeline.deduplicate.level is Level.PASSAGE:
+            return removal
+        task = IncidencesTask(removal.root, removal.files, removal.equal_files, removal.similarity)
+        return replace(
+            removal, buckets=max(removal.buckets, buckets_for(self.session.run(count_incidences, task) // 2))
+        )
+
     def _documents(self, plan: Deduplicated, removal: RemovalJob) -> DocumentJob | None:
         """The choice among documents, where these go as a whole."""
         deduplicate = self.resolved.pipeline.deduplicate
@@ -366,8 +392,17 @@ class Deduplicating:
                 name = fingerprint(stage=DOCUMENT_PAIRS, removal=plan.removal)
                 return DocumentJob(name, removal, deduplicate.covered_share)
 
-    def _keep(self, plan: Deduplicated, removal: RemovalJob, documents: DocumentJob | None) -> dict[str, int]:
-        """Embeddings that stay: passages fragment → rows."""
+    def _name(self, plan: Deduplicated, removed: int) -> None:
+        """The table of what went, by ids."""
+        fragments = tuple(sorted(plan.fragment(name) for name in self.embedded.embeddings.values()))
+        ranges = name_ranges(removed)
+        tasks = [NamesTask(self.store.url, plan.kept, fragments, number, ranges) for number in range(ranges)]
+        with self.reporter.stage("names", ranges, "files") as advance:
+            for rows in self.session.stream(write_names, tasks):
+                advance(1, f"{rows:,} passages that went")
+
+    def _keep(self, plan: Deduplicated, removal: RemovalJob, documents: DocumentJob | None) -> dict[str, Receipt]:
+        """Embeddings that stay: passages fragment → rows in and out. Rows in are those that have a vector."""
         embedded = self.embedded
         source = RowSource(
             self.store.url,
@@ -386,12 +421,12 @@ class Deduplicating:
             for fact in embedded.facts
             if (name := embedded.embeddings.get(fact.passages))
         ]
-        rows: dict[str, int] = {}
+        receipts: dict[str, Receipt] = {}
         with self.reporter.stage(KEPT, len(tasks), "fragments") as advance:
             for work in self.session.stream(keep_rows, tasks):
-                rows[names[work.receipt.fragment]] = work.receipt.rows_out
-                advance(1, f"{sum(rows.values()):,} vectors stay")
-        return rows
+                receipts[names[work.receipt.fragment]] = work.receipt
+                advance(1, f"{sum(receipt.rows_out for receipt in receipts.values()):,} vectors stay")
+        return receipts
 
 
 def _cells(rows: int, parts: int) -> int:

@@ -386,6 +386,11 @@ class Deduplicated:
         return fragment_of(self.kept, embeddings)
 
 
+def pair_recall_path(pairs: str) -> str:
+    """What a join found of all pairs: written when all its parts are joined."""
+    return f"{stage_folder(PAIRS, pairs)}/recall.json"
+
+
 def _rule(resolved: Resolved) -> str:
     """Identity of what decides, whatever the corpus: the vectors and the parameters."""
     return fingerprint(stage=KEPT, embeddings=resolved.stage_fingerprint(EMBEDDINGS), **resolved.parameters[KEPT])
@@ -1085,6 +1090,8 @@ def _kept_plan(resolved: Resolved, embedded: Embedded, kept: Embedded | None, st
     if earlier is not None:
         stays = sum(earlier.rows.values())
         why = f"{new:,} passages of new or changed fragments to compare with {stays:,} that stay"
+    elif store.info(pair_recall_path(plan.pairs)) is not None:
+        why = "to decide again by stored pairs"
     size_bytes = embedded.rows * vector_bytes(resolved)
     return [StagePlan(KEPT, plan.kept, 0, len(embedded.embeddings), embedded.rows, size_bytes, why)]
 

@@ -103,8 +103,10 @@ def curve_view(record: dict[str, Any]) -> RenderableType:
             f"{point['saved_bytes']:,}",
             *(f"{point[name]:.4f}" for name in figures),
         )
+    recall = record["pair_recall"]
     words = (
         f"{record['pairs']:,} pairs of {record['rows']:,} passages reach {record['floor']:g}; bytes of stored vectors."
+        f"\nFound by join {record['join']}: {recall['recall']:.4f} of {recall['pairs']:,} true pairs of a sample."
     )
     if "quality" in record:
         words += f"\n{quality_words(record['quality'])}"

@@ -51,7 +51,9 @@ def tune_index(
     fits = exact in grid and budget.latency_ms is None and not exhaustive and not transformed
     if not grid or (rows <= EXACT_ROWS and fits):
         only = {"family": exact.family.value, "codec": exact.codec.value, "rerank": transformed}
-        return _stamp({"met": True, "chosen": only, "why": f"{rows} vectors a shard are searched exactly"})
+        behind = "all compared behind the transforms, and the nearest again as stored"
+        how = behind if transformed else "searched exactly"
+        return _stamp({"met": True, "chosen": only, "why": f"{rows} vectors a shard are {how}"})
     job = _job(session, resolved, embedded, root, budget)
     cpus = _measuring_cpus(session)
 

@@ -28,7 +28,7 @@ from penstock.cluster.jobs.removal import (
     sortable,
     staying_passages,
 )
-from penstock.cluster.jobs.similarity import PAIR_SCHEMA, SIMILARITY
+from penstock.cluster.jobs.similarity import LEFT, PAIR_SCHEMA, RIGHT, SIMILARITY, stored_pairs
 from penstock.cluster.layout import DOCUMENT_PAIRS, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
@@ -37,6 +37,8 @@ from penstock.operators.deduplication import bucket_of
 from penstock.operators.document_cover import document_shares
 from penstock.operators.independent_set import Keep, random_keys, ranks
 
+# Of one file: about 150 bytes each while they are put in order.
+INCIDENCES_PER_FILE = 2_000_000
 # A passage of a document that is similar to `twin`, a passage of another document.
 INCIDENCE_SCHEMA = pa.schema(
     [
@@ -97,6 +99,29 @@ class DocumentTask:
     bucket: int
 
 
+@dataclass(frozen=True)
+class IncidencesTask:
+    """Files of pairs, and of links from the first of equal rows to the others."""
+
+    root: str
+    files: tuple[str, ...]
+    equal_files: tuple[str, ...]
+    similarity: float
+
+
+def count_incidences(task: IncidencesTask) -> int:
+    """At most how many incidences (INCIDENCE_SCHEMA) pairs make: m equal rows m * (m - 1), and a pair of rows of which
+    one has m equals and the other n twice m * n. Memory: 16 bytes for each row that has equals."""
+    store = connect(task.root)
+    firsts = [table.column(LEFT).to_numpy() for table in stored_pairs(store, task.equal_files, 0.0)]
+    row, others = np.unique(np.concatenate([np.empty(0, np.uint64), *firsts]), return_counts=True)
+    found = int((others * (others + 1)).sum())
+    for table in stored_pairs(store, task.files, task.similarity):
+        one, other = (_sizes(row, others, table.column(side).to_numpy()) for side in (LEFT, RIGHT))
+        found += 2 * int((one * other).sum())
+    return found
+
+
 def remove_documents(session: Session, job: DocumentJob) -> int:
     """Decides all documents, stores what goes, and links their passages to similar ones of the document that each goes
     for; returns the number of documents that go. What is done is not done again."""
@@ -115,7 +140,8 @@ def remove_documents(session: Session, job: DocumentJob) -> int:
 
 
 def send_documents(task: DocumentTask) -> int:
-    """Tell the neighbours of the bucket's rows to which documents these belong; returns the number of these rows."""
+    """Tell the neighbours of the bucket's rows to which documents these belong; returns the number of these rows.
+    Memory: the rows and pairs of the bucket, and INCIDENCES_PER_FILE of what is told."""
     job, store = task.job, connect(task.job.root)
     if _is_done(store, job, f"rows-{task.bucket:05d}"):
         return 0
@@ -127,21 +153,27 @@ def send_documents(task: DocumentTask) -> int:
     members = pa.table({"first": rows.own[of], "row": hashes, "document": document})
     once = np.ones(len(of), bool)  # of a document's equal rows the lowest is told
     once[1:] = (of[1:] != of[:-1]) | (document[1:] != document[:-1])
-    pair, member = _matches(of[once], rows.place)
-    told = {
-        "bucket": bucket_of(rows.neighbour[pair], job.buckets),
-        "first": rows.neighbour[pair],
-        "other": document[once][member],
-        "twin": hashes[once][member],
-        SIMILARITY: rows.similarity[pair],
-    }
-    _write(store, job, f"told-{task.bucket:05d}", pa.table(told).sort_by("bucket"))
+
+    def told(pair: np.ndarray, member: np.ndarray) -> pa.Table:
+        columns = {
+            "bucket": bucket_of(rows.neighbour[pair], job.buckets),
+            "first": rows.neighbour[pair],
+            "other": document[once][member],
+            "twin": hashes[once][member],
+            SIMILARITY: rows.similarity[pair],
+        }
+        return pa.table(columns).sort_by("bucket")
+
+    blocks = (told(*block) for block in _matching_blocks(of[once], rows.place, INCIDENCES_PER_FILE))
+    _write_blocks(store, job, f"told-{task.bucket:05d}", blocks)
     _write(store, job, f"rows-{task.bucket:05d}", members)
     return len(hashes)
 
 
 def send_incidences(task: DocumentTask) -> int:
-    """Tell the documents of the bucket's rows which others have a similar row (INCIDENCE_SCHEMA); returns how many."""
+    """Tell the documents of the bucket's rows which others have a similar row (INCIDENCE_SCHEMA); returns how many.
+    Memory: the rows of the bucket and what they are told, and INCIDENCES_PER_FILE of the incidences, which are more:
+    m rows that are equal make m * (m - 1)."""
     job, store = task.job, connect(task.job.root)
     name = f"incidences-{task.bucket:05d}"
     if _is_done(store, job, name):
@@ -151,26 +183,20 @@ def send_incidences(task: DocumentTask) -> int:
         SIMILARITY, pa.array(np.ones(members.num_rows, np.float32))
     )
     columns = ["first", "other", "twin", SIMILARITY]
-    told = [_of_bucket(store, job, "told", bucket, task.bucket).select(columns) for bucket in range(job.buckets)]
-    near = pa.concat_tables([equal.select(columns), *told]).sort_by("first")
-    row, place = _matches(near.column("first").to_numpy(), members.column("first").to_numpy())
-    document = members.column("document").to_numpy()[row]
-    other = near.column("other").to_numpy()[place]
-    apart = document != other
-    row, place, document = row[apart], place[apart], document[apart]
-    table = pa.table(
-        [
-            pa.array(bucket_of(document, job.buckets)),
-            pa.array(document),
-            pa.array(members.column("row").to_numpy()[row]),
-            pa.array(other[apart]),
-            pa.array(near.column("twin").to_numpy()[place]),
-            pa.array(near.column(SIMILARITY).to_numpy()[place]),
-        ],
-        schema=INCIDENCE_SCHEMA,
-    )
-    _write(store, job, name, table.sort_by("bucket"))
-    return len(table)
+    told = _told_to(store, job, "told", task.bucket).select(columns)
+    near = pa.concat_tables([equal.select(columns), told])
+    first, document, row = (members.column(column).to_numpy() for column in ("first", "document", "row"))
+    near_first, other, twin, similarity = (near.column(column).to_numpy() for column in columns)
+
+    def incidences(place: np.ndarray, member: np.ndarray) -> pa.Table:
+        apart = document[member] != other[place]
+        place, member = place[apart], member[apart]
+        of = document[member]
+        arrays = bucket_of(of, job.buckets), of, row[member], other[place], twin[place], similarity[place]
+        return pa.table(list(map(pa.array, arrays)), schema=INCIDENCE_SCHEMA).sort_by("bucket")
+
+    blocks = (incidences(*block) for block in _matching_blocks(first, near_first, INCIDENCES_PER_FILE))
+    return _write_blocks(store, job, name, blocks)
 
 
 def send_shares(task: DocumentTask) -> int:
@@ -179,7 +205,7 @@ def send_shares(task: DocumentTask) -> int:
     job, store = task.job, connect(task.job.root)
     if _is_done(store, job, f"documents-{task.bucket:05d}"):
         return 0
-    found = _incidences(store, job, task.bucket)
+    found = _told_to(store, job, "incidences", task.bucket)
     own, document = np.unique(found.column("document").to_numpy(), return_inverse=True)
     facts = _Facts(store, job.rows, own)
     row, other = (found.column(name).to_numpy() for name in ("row", "other"))
@@ -205,7 +231,7 @@ def pair_documents(task: DocumentTask) -> int:
     name = f"pairs-{task.bucket:05d}"
     if _is_done(store, job, name):
         return 0
-    told = pa.concat_tables([_of_bucket(store, job, "shares", b, task.bucket) for b in range(job.buckets)])
+    told = _told_to(store, job, "shares", task.bucket)
     own = read_fragment(store, _path(job, f"documents-{task.bucket:05d}")).replace_schema_metadata()
     known = pa.concat_tables([own, told.select(["covered", "key"]).rename_columns(["row_hash", "key"])])
     hashes, first = np.unique(known.column("row_hash").to_numpy(), return_index=True)
@@ -224,7 +250,7 @@ def link_passages(task: DocumentTask) -> int:
     with the most similar of these (REMOVED_SCHEMA, by removed row); returns their number."""
     job, store = task.job, connect(task.job.root)
     removed = removed_of(store, job.removal, task.bucket)
-    found = _incidences(store, job, task.bucket)
+    found = _told_to(store, job, "incidences", task.bucket)
     gone, kept = (removed.column(name).to_numpy() for name in ("removed", "kept"))
     document, row, other, twin, similarity = (found.column(name).to_numpy() for name in INCIDENCE_SCHEMA.names[1:])
     place, number = _matches(gone, document)
@@ -283,10 +309,6 @@ class _Facts:
         return self._found.column(name).take(pa.array(first)).combine_chunks()
 
 
-def _incidences(store: Store, job: DocumentJob, bucket: int) -> pa.Table:
-    return pa.concat_tables([_of_bucket(store, job, "incidences", sender, bucket) for sender in range(job.buckets)])
-
-
 def _matches(ascending: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All places int64 (m,), int64 (m,) of equal values: in `wanted` (w,) and among the ascending ones."""
     start = np.searchsorted(ascending, wanted, side="left")
@@ -296,9 +318,44 @@ def _matches(ascending: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.
     return place, np.repeat(start, counts) + within
 
 
-def _of_bucket(store: Store, job: DocumentJob, kind: str, sender: int, bucket: int) -> pa.Table:
-    """What a task wrote for a bucket."""
-    return read_rows_with(store, _path(job, f"{kind}-{sender:05d}"), "bucket", bucket)
+def _matching_blocks(ascending: np.ndarray, wanted: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What _matches gives, for as many of the `wanted` at a time as have `most` matches, or for one that has more; once
+    where there are none."""
+    counts = np.searchsorted(ascending, wanted, side="right") - np.searchsorted(ascending, wanted, side="left")
+    matches = np.concatenate([[0], np.cumsum(counts)])
+    start = 0
+    while start == 0 or start < len(wanted):
+        end = max(start + 1, int(np.searchsorted(matches, matches[start] + most, side="right")) - 1)
+        place, match = _matches(ascending, wanted[start:end])
+        yield place + start, match
+        start = end
+
+
+def _sizes(first: np.ndarray, others: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """How many rows are equal to each of some (n,), itself included, int64 (n,): of the ascending `first` (f,) so many
+    others are."""
+    if len(first) == 0:
+        return np.ones(len(rows), np.int64)
+    place = np.minimum(np.searchsorted(first, rows), len(first) - 1)
+    return np.where(first[place] == rows, others[place] + 1, 1)
+
+
+def _told_to(store: Store, job: DocumentJob, kind: str, bucket: int) -> pa.Table:
+    """What the tasks of a step wrote for a bucket."""
+    names = sorted(store.names(stage_folder(DOCUMENT_PAIRS, job.fingerprint)))
+    files = [name.removesuffix(".parquet") for name in names if name.startswith(f"{kind}-")]
+    return pa.concat_tables([read_rows_with(store, _path(job, name), "bucket", bucket) for name in files])
+
+
+def _write_blocks(store: Store, job: DocumentJob, name: str, tables: Iterator[pa.Table]) -> int:
+    """Write tables to files of their own, of which the last alone has the name as it is: it says that all are there.
+    Returns their rows."""
+    rows, last = 0, next(tables)
+    for number, table in enumerate(tables):
+        _write(store, job, f"{name}-{number:05d}", last)
+        rows, last = rows + len(last), table
+    _write(store, job, name, last)
+    return rows + len(last)
 
 
 def _write(store: Store, job: DocumentJob, name: str, table: pa.Table) -> None:

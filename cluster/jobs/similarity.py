@@ -34,6 +34,7 @@ from penstock.cluster.storage import Store
 from penstock.operators.cell_sharing import share_cells
 from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth, similarity_histogram
 from penstock.operators.equal_rows import first_equal
+from penstock.operators.independent_set import random_keys
 from penstock.operators.replication import Copies, copies_of
 from penstock.operators.sharding import hash_range
 from penstock.operators.similar_pairs import Join, Pairs, cell_pairs, graph_pairs, similar_pairs, unit_rows
@@ -45,6 +46,9 @@ JOIN_BYTES_PER_COMPONENT = 16
 # 20 bytes each, three times while they are sorted and written, and 150 where they are dealt out to their rows.
 PAIRS_PER_FILE = 2_000_000
 PREDICTED_ROWS = 8_192
+# True pairs of a sampled row that are looked for among those found, 16 bytes each: a row of a million twins, whose
+# pairs are found or lost alike, counts as one of so many. Rows are compared with so many at a time.
+TRUTH_PAIRS, TRUTH_ROWS = 1_000, 16_384
 SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
 LEFT, RIGHT, SIMILARITY = "left", "right", "similarity"
 PAIR_SCHEMA = pa.schema([(LEFT, pa.uint64()), (RIGHT, pa.uint64()), (SIMILARITY, pa.float32())])
@@ -106,13 +110,24 @@ class SampleTask:
 
 @dataclass(frozen=True)
 class RecallTask:
-    """Sampled rows, uint64 (s,) and unit vectors float32 (s, d), of which all pairs with rows of a fragment are looked
-    for."""
+    """Sampled rows, uint64 (s,) and unit vectors float32 (s, d), of which pairs with rows of a fragment are looked for:
+    all of a row, or a seeded choice of TRUTH_PAIRS."""
 
     job: JoinJob
     fragment: str
     hashes: np.ndarray
     vectors: np.ndarray
+    seed: int
+
+
+@dataclass(frozen=True)
+class FoundTask:
+    """A file of stored pairs, among which those of uint64 (w, 2) are looked for, or files of links from the first of
+    equal rows, by which rows are named as that."""
+
+    job: JoinJob
+    files: tuple[str, ...]
+    wanted: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -319,37 +334,58 @@ def measured_recall(
     session: Session, job: JoinJob, records: Sequence[PartRecord], share: float, seed: int
 ) -> PairRecall:
     """The share of all pairs of sampled rows with any row that the join found: every open row of a seeded `share` of
-    the hash space is compared with all rows that take part."""
+    the hash space is compared with all rows that take part.
+
+    Of a row with more than TRUTH_PAIRS pairs a seeded choice of as many counts: memory is bounded by the sample.
+    """
     sample = session.run(sampled_rows, SampleTask(job, share, seed))
-    tasks = [RecallTask(job, fragment, *sample) for fragment in job.fragments]
-    truth = [part for part in session.stream(true_pairs, tasks) if len(part)]
-    if not truth:
+    wanted = np.empty((0, 2), np.uint64)
+    for part in session.stream(true_pairs, [RecallTask(job, fragment, *sample, seed) for fragment in job.fragments]):
+        wanted = _capped(np.concatenate([wanted, part]), seed)
+    if len(wanted) == 0:
         return pair_recall(np.empty(0, np.int64), np.empty(0, bool))
-    wanted = np.unique(np.concatenate(truth), axis=0)
-    store = connect(job.root)
+    wanted = np.unique(wanted, axis=0)
     sampled = wanted[:, 0]
-    wanted = _firsts(store, [path for record in records for path in record.equal_files], wanted)
+    equal_files = tuple(path for record in records for path in record.equal_files)
+    wanted = session.run(as_firsts, FoundTask(job, equal_files, wanted)) if equal_files else wanted
     found = wanted[:, 0] == wanted[:, 1]
-    for table in stored_pairs(store, [path for record in records for path in record.files], job.floor):
-        left, right = (table.column(name).to_numpy() for name in (LEFT, RIGHT))
-        for ends in ((left, right), (right, left)):
-            found |= _contained(wanted, np.stack(ends, axis=1))
+    tasks = [FoundTask(job, (path,), wanted) for record in records for path in record.files]
+    for part in session.stream(found_pairs, tasks):
+        found |= part
     return pair_recall(sampled, found)
 
 
 def true_pairs(task: RecallTask) -> np.ndarray:
-    """All pairs uint64 (p, 2) of a sampled row and a row of the fragment, that is another one."""
+    """Pairs uint64 (p, 2) of a sampled row and a row of the fragment, that is another one: of each sampled row those
+    TRUTH_PAIRS that come first in a seeded order."""
     job, store = task.job, connect(task.job.root)
     sample_hashes, sample = task.hashes, task.vectors
+    found = np.empty((0, 2), np.uint64)
     path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
     table, _ = _taking_part(store, job, task.fragment, read_fragment(store, path, ["row_hash", "embedding"]))
     if len(sample) == 0 or table.num_rows == 0:
-        return np.empty((0, 2), np.uint64)
-    pairs = sample_truth(sample, unit_rows(vectors_of(table.column("embedding"))), job.floor)
-    hashes = table.column("row_hash").to_numpy()
-    both = np.stack([sample_hashes[pairs.left], hashes[pairs.right]], axis=1)
-    others: np.ndarray = both[both[:, 0] != both[:, 1]]
-    return others
+        return found
+    vectors, hashes = vectors_of(table.column("embedding")), table.column("row_hash").to_numpy()
+    for first in range(0, len(vectors), TRUTH_ROWS):
+        pairs = sample_truth(sample, unit_rows(vectors[first : first + TRUTH_ROWS]), job.floor)
+        both = np.stack([sample_hashes[pairs.left], hashes[first + pairs.right]], axis=1)
+        found = _capped(np.concatenate([found, both[both[:, 0] != both[:, 1]]]), task.seed)
+    return found
+
+
+def as_firsts(task: FoundTask) -> np.ndarray:
+    """The pairs with each row as the first of its equals."""
+    return _firsts(connect(task.job.root), task.files, task.wanted)
+
+
+def found_pairs(task: FoundTask) -> np.ndarray:
+    """Which of the pairs, in either order, a file of stored ones holds: bool (w,)."""
+    found = np.zeros(len(task.wanted), bool)
+    for table in stored_pairs(connect(task.job.root), task.files, task.job.floor):
+        left, right = (table.column(name).to_numpy() for name in (LEFT, RIGHT))
+        for ends in ((left, right), (right, left)):
+            found |= _contained(task.wanted, np.stack(ends, axis=1))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -529,6 +565,15 @@ def sampled_rows(task: SampleTask) -> tuple[np.ndarray, np.ndarray]:
             hashes.append(table.column("row_hash").to_numpy())
             vectors.append(vectors_of(table.column("embedding")))
     return np.concatenate(hashes), unit_rows(np.concatenate(vectors))
+
+
+def _capped(pairs: np.ndarray, seed: int) -> np.ndarray:
+    """Of the pairs uint64 (p, 2) of each left row those TRUTH_PAIRS that come first in a seeded order."""
+    order = np.lexsort((random_keys(pairs[:, 0] ^ random_keys(pairs[:, 1], seed), seed), pairs[:, 0]))
+    left = pairs[order, 0]
+    place = np.arange(len(left)) - np.searchsorted(left, left)
+    capped: np.ndarray = pairs[order[place < TRUTH_PAIRS]]
+    return capped
 
 
 def _contained(wanted: np.ndarray, pairs: np.ndarray) -> np.ndarray:

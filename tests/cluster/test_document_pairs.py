@@ -8,8 +8,15 @@ import pyarrow as pa
 import pytest
 
 from penstock.cluster.fragments import Receipt, vector_column, write_fragment
+from penstock.cluster.jobs import document_pairs
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
-from penstock.cluster.jobs.document_pairs import DocumentJob, passage_links, remove_documents
+from penstock.cluster.jobs.document_pairs import (
+    DocumentJob,
+    IncidencesTask,
+    count_incidences,
+    passage_links,
+    remove_documents,
+)
 from penstock.cluster.jobs.removal import RemovalJob, removed_rows
 from penstock.cluster.jobs.similarity import JoinJob, find_pairs
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
@@ -171,6 +178,33 @@ def test_no_document_that_stays_is_covered_by_one_that_is_preferred(tmp_path: Pa
         shares, rank = made.shares(), made.rank(Keep.LONGEST)
         covers = (shares >= np.float32(0.6)) & (rank[None, :] < rank[:, None]) & stays[None, :]
         assert np.array_equal(covers.any(axis=1), ~stays)
+
+
+def test_files_of_few_incidences_lead_to_the_same_choice(
+    corpus: tuple[Corpus, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, root = corpus
+    found = []
+    for most in (document_pairs.INCIDENCES_PER_FILE, 5):
+        monkeypatch.setattr(document_pairs, "INCIDENCES_PER_FILE", most)
+        job = _job(root, f"most-{most}", Keep.LONGEST, 0.5, 2)
+        remove_documents(InProcess(), job)
+        store = LocalStore(root)
+        tables = [*removed_rows(store, job.removal), *passage_links(store, job)]
+        found.append(pa.concat_tables(tables).to_pylist())
+        files = [path.name for path in (root / "stages/document-pairs" / job.fingerprint).glob("incidences-*")]
+        assert (len(files) == job.buckets) == (most > 5)
+    assert found[0] == found[1]
+
+
+def test_equal_passages_are_counted_with_all_their_twins(corpus: tuple[Corpus, Path]) -> None:
+    made, root = corpus
+    job = _job(root, "counted", Keep.LONGEST, 0.5, 1)
+    near = made.products >= SIMILARITY
+    np.fill_diagonal(near, False)
+    task = IncidencesTask(str(root), job.rows.files, job.rows.equal_files, SIMILARITY)
+    assert count_incidences(task) == near.sum()
+    assert count_incidences(replace(task, equal_files=())) < near.sum()
 
 
 def test_it_goes_on_where_it_stopped_and_ends_the_same(corpus: tuple[Corpus, Path]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from scipy.sparse.csgraph import connected_components
 
 from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, vector_column, write_fragment
+from penstock.cluster.jobs import similarity
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
 from penstock.cluster.jobs.groups import are_grouped, group_rows, groups_of
 from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
@@ -186,6 +187,21 @@ def test_cluster_and_graph_find_true_pairs_and_their_recall_is_measured(root: Pa
     exact = _job(root, "x1", 1)
     measured = measured_recall(InProcess(), exact, find_pairs(InProcess(), exact), 0.3, 5)
     assert measured.recall == 1 and 0.9 < measured.at_least < 1
+
+
+def test_a_row_of_many_twins_counts_as_one_of_a_few(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "TRUTH_PAIRS", 3)
+    monkeypatch.setattr(similarity, "TRUTH_ROWS", 100)
+    ends = np.array([end for pair in _expected() for end in pair])
+    of_rows = np.unique(ends, return_counts=True)[1]
+    for join in (Join.EXACT, Join.CLUSTER):
+        job = _job(root, f"capped-{join}", 3, join)
+        records = find_pairs(InProcess(), job)
+        measured = measured_recall(InProcess(), job, records, 1.0, 1)
+        assert (measured.rows, measured.pairs) == (len(of_rows), int(np.minimum(of_rows, 3).sum()))
+        assert measured == measured_recall(InProcess(), replace(job, fragments=FRAGMENTS[::-1]), records, 1.0, 1)
+        share = len(_by_hash(LocalStore(root), job)) / len(_expected())
+        assert measured.recall == 1 if join is Join.EXACT else abs(measured.recall - share) < 0.2 < measured.recall < 1
 
 
 def _decided(root: Path, name: str, stands: set[int], gone: set[int]) -> None:

@@ -8,8 +8,8 @@ from penstock.operators.duplicate_measures import (
     sample_truth,
     similarity_histogram,
 )
-from penstock.operators.replication import copies_of, near_distance
-from penstock.operators.similar_pairs import Pairs, similar_pairs, unit_rows
+from penstock.operators.replication import MARGIN, copies_of, near_distance
+from penstock.operators.similar_pairs import Pairs, pair_similarities, similar_pairs, unit_rows
 
 ROWS, CELLS, PARTS = 1_500, 24, 4
 
@@ -59,6 +59,41 @@ def test_fewer_copies_for_closer_pairs_and_none_beyond_the_most() -> None:
     assert copies_of(vectors, centroids, parts, 0.8, most=0).factor == 1
     assert copies_of(vectors, centroids, np.zeros(CELLS, int), 0.8).factor == 1
     assert copies_of(vectors[:0], centroids, parts, 0.8).factor == 1
+
+
+def test_the_nearest_parts_depend_on_the_row_alone() -> None:
+    """Rows that are as near to many parts, but for the rounding of products, which differs with what is multiplied."""
+    random = np.random.default_rng(8)
+    axes = np.linalg.qr(random.standard_normal((48, 48)))[0]
+    between = axes[0] + 0.2 * axes[1:12].sum(axis=0)
+    vectors = unit_rows(between + 1e-8 * random.standard_normal((200, 48)))
+    centroids, parts = unit_rows(axes[:12]), np.arange(12)
+    whole = copies_of(vectors, centroids, parts, 0.8, most=2)
+    assert np.bincount(whole.row).tolist() == [2] * len(vectors) and (whole.home == 0).all()
+    for rows in (1, 3, 64):
+        pieces = [copies_of(vectors[i : i + rows], centroids, parts, 0.8, most=2) for i in range(0, 200, rows)]
+        assert np.array_equal(np.concatenate([one.part for one in pieces]), whole.part)
+    exact = centroids.astype(np.float64)
+    nearness = vectors.astype(np.float64) @ exact.T - (exact**2).sum(axis=1) / 2
+    distances = (nearness[:, :1] - nearness[:, 1:] - MARGIN) / np.linalg.norm(exact[1:] - exact[0], axis=1)
+    order = np.argsort(distances, axis=1)
+    nearest = np.sort(order[:, :2] + 1, axis=1)
+    apart = np.diff(np.sort(distances, axis=1)[:, 1:3], axis=1)[:, 0] > 1e-12
+    assert len(np.unique(nearest)) > 6 and apart.sum() > 100
+    assert np.array_equal(whole.part.reshape(-1, 2)[apart], nearest[apart])
+
+
+@pytest.mark.parametrize("most", [None, 1])
+@pytest.mark.parametrize("floor", [0.99999, 0.999999, 0.9999999, 1.0])
+def test_pairs_that_reach_a_floor_near_one_as_rounded_are_not_lost(floor: float, most: int | None) -> None:
+    turned = np.concatenate([[-1e-7], np.arccos(np.minimum(1, floor - np.linspace(0, 1.2e-7, 300)))])
+    angles = np.pi / 4 - turned
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    copies = copies_of(vectors, np.eye(2, dtype=np.float32), np.arange(2), floor, most)
+    assert copies.home[0] == 1
+    others = np.arange(1, len(vectors))
+    near = pair_similarities(vectors, np.zeros(len(others), int), others) >= np.float32(floor)
+    assert near.any() and set(others[near & (copies.home[1:] == 0)].tolist()) <= set(copies.row.tolist())
 
 
 def test_equal_centroids_are_neighbours() -> None:

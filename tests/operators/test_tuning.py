@@ -54,6 +54,7 @@ BUDGET = Budget(recall=0.9)
 FLAT = Candidate(Family.FLAT, Codec.NONE, False)
 LISTS = Candidate(Family.IVF, Codec.SQ8, False)
 GRAPH = Candidate(Family.HNSW, Codec.NONE, False)
+GRAPH16 = replace(GRAPH, hnsw_m=16)
 HALF = Candidate(Family.HNSW, Codec.SQ8, True, reduced=16)
 
 
@@ -74,6 +75,7 @@ def trial(candidate: Candidate = FLAT, rows: int = 1000, shard_rows: int = 1000,
     values = {"recall": 0.95, "queries_per_s": 1000.0, "latency_ms": 1.0, "bytes_per_vector": 100.0} | figures
     query_us = 1e6 / values["queries_per_s"]
     values = {"shard_recall": values["recall"], "query_us": query_us, "index_us": query_us} | values
+    values = {"single_ms": values["latency_ms"]} | values
     return Trial(candidate, "Flat", rows, shard_rows, SearchParameters(), rerank_bytes=0.0, build_s=1.0, **values)
 
 
@@ -212,6 +214,8 @@ def test_only_the_time_in_the_index_grows() -> None:
     assert 1e6 / grown.queries_per_s == pytest.approx(10 + 20 * 10)
     assert grown.latency_ms == pytest.approx(small.latency_ms * 210 / 30)
     assert trial(GRAPH).grown(0.5) == trial(GRAPH)  # as many rows as a shard has
+    again = small.grown(1.0).grown(0.5)  # another estimate, of what was measured
+    assert (again.queries_per_s, again.latency_ms) == (grown.queries_per_s, grown.latency_ms)
 
 
 def test_the_figures_of_a_trial_are_for_a_whole_shard(sample: Sample) -> None:
@@ -312,6 +316,18 @@ def test_the_choice_of_the_whole_grid_is_found_with_few_measurements() -> None:
     first, second, last = (len(some) for _, some in shop.asked)
     assert last <= FINALISTS + 1 < second < first == len(representatives(grid)) < len(grid) / 2
     assert len(found.screened) == first + second
+
+
+def test_a_reduced_graph_that_leads_keeps_no_links_of_whole_ones_from_being_tried() -> None:
+    grid = [GRAPH16, replace(GRAPH16, hnsw_m=32), HALF]
+    asked: list[Sequence[Candidate]] = []
+
+    def speeds(some: Sequence[Candidate], size: int, screening: bool) -> list[Trial]:
+        asked.append(some)
+        return [trial(one, size, 100_000, queries_per_s=1010.0 if one is HALF else 1000.0) for one in some]
+
+    search_grid(grid, 100_000, BUDGET, speeds)
+    assert set(asked[0]) == {GRAPH16, HALF} and set(asked[1]) == set(grid)
 
 
 def test_a_small_shard_is_measured_at_once() -> None:

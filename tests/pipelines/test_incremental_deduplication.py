@@ -54,12 +54,12 @@ class Decided:
         self.stays: set[str] = set()
         for path in (root / f"stages/embeddings/{self.kept}").glob("*.parquet"):
             self.stays |= set(_vectors(path))
-        links = [
-            row
-            for path in (root / f"stages/kept/{self.kept}").glob("*.parquet")
-            for row in pq.read_table(path).to_pylist()
-        ]
+        links: list[dict[str, Any]] = []
+        names: list[dict[str, Any]] = []
+        for path in (root / f"stages/kept/{self.kept}").glob("*.parquet"):
+            (names if path.name.startswith("removed-") else links).extend(pq.read_table(path).to_pylist())
         self.links = {row["id"]: row for row in links}
+        self.names = {row["removed_id"]: row["kept_id"] for row in names}
 
     def check(self) -> None:
         """No two rows that stay are similar; every row that went has one that stays; the links are true."""
@@ -70,6 +70,7 @@ class Decided:
         for name in self.links:
             assert (near @ self.vectors[name]).max() >= SIMILARITY - 1e-6
         hashes = {row: name for name, row in _hashes(names).items()}
+        assert self.names == {name: hashes[link["kept_hash"]] for name, link in self.links.items()}
         for name, link in self.links.items():
             measured = float(self.vectors[name] @ self.vectors[hashes[link["kept_hash"]]])
             assert link["similarity"] == pytest.approx(measured, abs=1e-3) and measured >= SIMILARITY - 1e-3

@@ -11,22 +11,45 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from penstock.cluster.catalog import Catalog
+from penstock.cluster.jobs.evaluation import QueriesInvalid
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.identity import row_hashes
+from penstock.operators.models import resolve_model
 from penstock.pipelines import Pipeline, open_index
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.cli import app
 from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.progress import SilentReporter
 from penstock.pipelines.running import Report
 
-from .conftest import Workspace, read_ledger
+from .conftest import MODEL, Workspace, read_ledger
 
 SIMILARITY = 0.93
 RULE = {"type": "semantic", "similarity": SIMILARITY, "keep": "longest"}
+
+
+REFUSING = """
+import torch
+
+
+class Refusing(torch.nn.Module):
+    def forward(self, features, **kwargs):
+        if (features["input_ids"] == {token}).any():
+            raise ValueError("this token is refused")
+        return features
+
+    def save(self, *args, **kwargs):
+        pass
+
+    @classmethod
+    def load(cls, *args, **kwargs):
+        return cls()
+"""
 
 
 def reworded(text: str) -> str:
@@ -65,6 +88,8 @@ def encoded(root: Path) -> dict[str, tuple[np.ndarray, int]]:
     """Passage id → vector and tokens of all passages that have a vector, deduplicated or not."""
     vectors: dict[str, np.ndarray] = {}
     for path in root.glob("stages/embeddings/*/*.parquet"):
+        if path.name.endswith(".dropped.parquet"):
+            continue
         table = pa.parquet.read_table(path)
         for name, vector in zip(
             table.column("passage_id").to_pylist(), table.column("embedding").to_pylist(), strict=True
@@ -124,6 +149,17 @@ def test_every_passage_that_went_is_linked_to_a_twin_that_stays(made: Workspace)
     assert {link["represented_by"] for link in same_text.values()} <= stays
 
 
+def test_a_table_names_what_went_and_what_stays_for_it(made: Workspace) -> None:
+    tables = [pa.parquet.read_table(path) for path in made.root.glob("stages/kept/*/removed-*.parquet")]
+    found = {row["removed_id"]: row for row in pa.concat_tables(tables).to_pylist()}
+    with open_index(str(made.root), "live") as index:
+        links = index.duplicates(sorted(published(made.root))).to_pylist()
+    by_meaning = {link["id"]: link for link in links if link["similarity"] is not None}
+    assert set(found) == set(by_meaning) == set(encoded(made.root)) - published(made.root)
+    for name, link in by_meaning.items():
+        assert found[name]["kept_id"] == link["represented_by"] and found[name]["similarity"] == link["similarity"]
+
+
 def test_a_file_of_twins_alone_leaves_its_links(workspace: Workspace) -> None:
     texts = [json.loads(line) for line in (workspace.corpus / "one.jsonl").read_text().splitlines()]
     twins = [{"id": f"g{row['id']}", "text": row["text"].rstrip(".") + " .", "topic": "twin"} for row in texts[:12]]
@@ -159,10 +195,46 @@ def test_the_record_and_the_ledger_say_what_went(made: Workspace) -> None:
     assert ledger["dropped"] == {"duplicate_meaning": record["removed"]} and ledger["rows_in"] == len(rows)
 
 
+def test_a_text_without_a_vector_stops_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    model = refusing_model(tmp_path / "model", "harbour")
+    embedding = {"model": str(model), "trust_remote_code": True, "precision": "float32", "workers": {"count": 1}}
+    changes = {"embedding": embedding, "gate": {"recall": 1.0, "max_dropped_fraction": 0.5}}
+    workspace.write("refused.jsonl", [{"id": "refused", "text": "The harbour is refused.", "topic": "x"}])
+    for similarity in (SIMILARITY, 0.97):  # decided, and decided again from stored pairs
+        report = workspace.pipeline(deduplicate={**RULE, "similarity": similarity}, **changes).run()
+        assert report is not None and report.status.value == "published"
+        ledger = read_ledger(workspace.root)
+        assert ledger["embeddings"]["dropped"] == {"encoder_error": 1}
+        kept = ledger["kept"]
+        assert kept["rows_in"] == ledger["embeddings"]["rows_out"] == len(encoded(workspace.root))
+        assert (
+            kept["rows_out"] == len(published(workspace.root)) == kept["rows_in"] - kept["dropped"]["duplicate_meaning"]
+        )
+    workspace.write("more.jsonl", [{"id": "more", "text": "A new text about a new thing.", "topic": "x"}])
+    report = workspace.pipeline(deduplicate={**RULE, "similarity": 0.97}, **changes).run()  # builds upon the last one
+    assert report is not None and report.status.value == "published" and "more#0" in published(workspace.root)
+
+
+def refusing_model(folder: Path, word: str) -> Path:
+    """The model, which raises for texts that have a word."""
+    source = resolve_model(MODEL)
+    shutil.copytree(source, folder, copy_function=os.symlink)
+    token = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(word)
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").unlink()
+    modules.append({"idx": 9, "name": "9", "path": "9_Refusing", "type": "refusing.Refusing"})
+    (folder / "9_Refusing").mkdir()
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "refusing.py").write_text(REFUSING.format(token=token))
+    return folder
+
+
 def test_another_threshold_joins_and_encodes_nothing_again(workspace: Workspace) -> None:
     pairs = {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")}
     for folder in (*workspace.root.glob("stages/replicas/*"), *workspace.root.glob("stages/centroids/*")):
         shutil.rmtree(folder)  # clean-up takes them
+    before = workspace.pipeline(deduplicate={**RULE, "similarity": 0.97}).plan()
+    assert next(stage for stage in before.stages if stage.name == "kept").why == "to decide again by stored pairs"
     report = run(workspace, similarity=0.97)
     assert {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")} == pairs and pairs
     assert published(workspace.root) == expected(workspace.root, 0.97)
@@ -193,6 +265,7 @@ def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_p
     done = CliRunner().invoke(app, ["dedup-curve", str(path), "--plot", str(drawn), "--page", str(page), "--json"])
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout.strip().splitlines()[-1])
+    assert record["join"] == "exact" and record["pair_recall"]["recall"] == 1.0 and record["pair_recall"]["pairs"] > 0
     rows = encoded(workspace.root)
     removed = {point["similarity"]: point["removed"] for point in record["points"]}
     assert removed[SIMILARITY] == len(rows) - len(published(workspace.root))
@@ -210,6 +283,7 @@ def test_the_curve_of_thresholds_is_what_runs_remove(workspace: Workspace, tmp_p
     assert page.read_text().count("<tr") == len(examples) + 1 and escape(examples[0]["left"]["id"]) in page.read_text()
     shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
     assert shown.exit_code == 0 and "in the file" in shown.stdout and f"{removed[SIMILARITY]:,}" in shown.stdout
+    assert "Found by join exact: 1.0000 of" in shown.stdout
     other = CliRunner().invoke(app, ["dedup-curve", str(workspace.file(deduplicate={"type": "exact"}))])
     assert isinstance(other.exception, PipelineFileInvalid) and "must be semantic" in str(other.exception)
 
@@ -269,6 +343,41 @@ def test_the_curve_says_what_thresholds_do_to_answers(workspace: Workspace, tmp_
     assert page.read_text().count("<tr") == len(record["examples"]) + 2 + len(points)
     shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
     assert "represented" in shown.stdout and f"{points[0.85]['recall']:.4f}" in shown.stdout
+
+
+def test_judgements_without_a_relevant_document_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    queries, relevance = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text(json.dumps({"id": "q", "text": "an array"}))
+    relevance.write_text("q\td000\t0\n")
+    evaluate = {"queries": str(queries), "relevance": str(relevance)}
+    with pytest.raises(QueriesInvalid) as refused:
+        workspace.pipeline(deduplicate=RULE, evaluate=evaluate).dedup_curve()
+    words = f"evaluate.relevance ({relevance}) must judge a document relevant (above 0) for some of the 1 queries"
+    assert words in str(refused.value)
+
+
+class Warned(SilentReporter):
+    """Notes warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_every_run_says_that_another_join_took_the_place_of_the_one_asked_for(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.pipelines.deduplicating.JOIN_MEMORY_BYTES", 1 << 18)
+    monkeypatch.setattr("penstock.cluster.jobs.similarity.MOST_COPIES", 0.5)
+    for threshold in (0.95, 0.97, 0.95):
+        pipeline, reporter = workspace.pipeline(deduplicate={**RULE, "similarity": threshold, "floor": 0.9}), Warned()
+        pipeline.run(reporter)
+        (told,) = [text for text in reporter.warnings if "the graph join takes its place" in text]
+        assert "an exact join would store" in told
+    reporter = Warned()
+    assert pipeline.dedup_curve(reporter)["join"] == "graph" and len(reporter.warnings) == 1
 
 
 def test_cleaning_up_leaves_what_other_thresholds_need(workspace: Workspace) -> None:

@@ -85,6 +85,17 @@ def test_given_transforms_are_measured_and_kept(workspace: Workspace) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_too_few_vectors_to_measure_are_compared_behind_the_transforms(tmp_path: Path) -> None:
+    few = Workspace(tmp_path)
+    few.write(
+        "few.jsonl", [{"id": f"d{row}", "text": f"A short text about {row} things.", "topic": "t"} for row in range(5)]
+    )
+    record = few.pipeline(index={"shards": 1, "recall": 0.9, "transforms": [{"type": "rotation"}]}).tune()
+    assert record["why"] == "5 vectors a shard are all compared behind the transforms, and the nearest again as stored"
+    assert record["chosen"] == {"family": "flat", "codec": "none", "rerank": True}
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_what_is_fitted_to_queries_is_measured_with_them(workspace: Workspace) -> None:
     asked = workspace.folder / "asked.jsonl"
     texts = ["how to reshape an array", "the mean along an axis", "read numbers from a text file"]
