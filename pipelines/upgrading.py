@@ -29,6 +29,7 @@ from penstock.pipelines.embedding import Embedding as EmbeddingStage
 from penstock.pipelines.history import new_run_id, read_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
+from penstock.pipelines.model_identity import DIMENSION, is_same_model, model_identity
 from penstock.pipelines.model_pair import ModelPair
 from penstock.pipelines.planning import (
     FragmentFacts,
@@ -112,7 +113,7 @@ class Upgrading:
         """Where this upgrade is recorded: named by what it leads from and to, not by the corpus, which may change
         meanwhile."""
         new = self.plan.resolved
-        name = fingerprint(old=self.base.version, new=identity_of(new), passages=new.stage_fingerprint(PASSAGES))
+        name = fingerprint(old=self.base.version, new=model_identity(new.encoder, new.query_encoder), passages=new.stage_fingerprint(PASSAGES))
         return f"{UPGRADES}/{new.pipeline.name}/{name[:ID_HEX_DIGITS]}"
 
     def run(self, until: UpgradeStep) -> dict[str, Any]:
@@ -328,14 +329,13 @@ def refuse_same_space(base: Base, new: Resolved) -> None:
 
 
 def refuse_other_space(manifest: dict[str, Any], new: Resolved) -> None:
-    """Refuse to build an index anew with another model than the one that answers.
+    """Refuse to build an index anew with another model than the one that answers; its dimension may change.
 
     Raises:
         NothingToUpgrade: naming both.
     """
     stated = manifest["model"]
-    models = [stated["weights_sha256"], stated["query_prompt"], stated["document_prompt"]]
-    if models != [new.encoder.weights_hash, new.query_encoder.prompt, new.encoder.prompt]:
+    if not is_same_model(model_identity(new.encoder, new.query_encoder), stated):
         raise NothingToUpgrade(
             f"embedding.model ({new.encoder.model}) must be the model of version {manifest['version']}, "
             f"{stated['reference']}, with its prompts: `penstock upgrade` moves an index to another"
@@ -343,23 +343,8 @@ def refuse_other_space(manifest: dict[str, Any], new: Resolved) -> None:
 
 
 def _is_of(recorded: dict[str, Any], new: Resolved) -> bool:
-    return all(recorded[name] == value for name, value in identity_of(new).items())
-
-
-def identity_of(new: Resolved) -> dict[str, Any]:
-    """What tells spaces apart, as manifests name it; precision does not, which only decides how exactly they are
-    met."""
-    encoder = new.encoder
-    return {
-        "weights_sha256": encoder.weights_hash,
-        "tokenizer_sha256": encoder.tokenizer_hash,
-        "configuration_sha256": encoder.configuration_hash,
-        "dimension": encoder.dimension,
-        "normalize": encoder.normalize,
-        "layers": encoder.layers,
-        "document_prompt": encoder.prompt,
-        "query_prompt": new.query_encoder.prompt,
-    }
+    identity = model_identity(new.encoder, new.query_encoder)
+    return is_same_model(identity, recorded) and identity[DIMENSION] == recorded[DIMENSION]
 
 
 def with_model(pipeline: PipelineFile, model: str | None) -> PipelineFile:
