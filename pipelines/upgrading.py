@@ -113,7 +113,11 @@ class Upgrading:
         """Where this upgrade is recorded: named by what it leads from and to, not by the corpus, which may change
         meanwhile."""
         new = self.plan.resolved
-        name = fingerprint(old=self.base.version, new=model_identity(new.encoder, new.query_encoder), passages=new.stage_fingerprint(PASSAGES))
+        name = fingerprint(
+            old=self.base.version,
+            new=model_identity(new.encoder, new.query_encoder),
+            passages=new.stage_fingerprint(PASSAGES),
+        )
         return f"{UPGRADES}/{new.pipeline.name}/{name[:ID_HEX_DIGITS]}"
 
     def run(self, until: UpgradeStep) -> dict[str, Any]:
