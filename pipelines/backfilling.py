@@ -217,7 +217,7 @@ class Backfill:
         encoded = self._embed(fragments)
         part = self._build(fragments) if fragments else None
         run_id = new_run_id(f"{self.new.pipeline.name}-backfill")
-        with self._lease(run_id) as lease:
+        with self.lease(run_id) as lease:
             manifest = self._publish(run_id, part)
             record = {
                 **self.measured(manifest),
@@ -239,22 +239,23 @@ class Backfill:
 
     def measured(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """What a version answers, and which questions that is about."""
-        evaluate = self.new.pipeline.evaluate
-        files = [content_of(path) for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
         found = measure_answers(self.session, self.store.url, manifest, self.old, self.new)
-        return found | {"asked": fingerprint(files=files, k=evaluate.k, queries=str(evaluate.queries))}
+        return found | {"asked": self._questions()}
 
     def baseline(self) -> dict[str, Any]:
         """What the old version answers to the questions of the file."""
         path = f"{self.folder}/baseline.json"
         record = read_json(self.store, path)
-        evaluate = self.new.pipeline.evaluate
-        files = [content_of(path) for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
-        asked = fingerprint(files=files, k=evaluate.k, queries=str(evaluate.queries))
-        if record is None or record["asked"] != asked:
+        if record is None or record["asked"] != self._questions():
             record = self.measured(self.catalog.manifest(self.old)) | {"version": self.old}
             write_json(self.store, path, record)
         return record
+
+    def _questions(self) -> str:
+        """Identity of the queries, their judgements and how many answers count."""
+        evaluate = self.new.pipeline.evaluate
+        files = [content_of(path) for path in (evaluate.queries, evaluate.relevance) if isinstance(path, str)]
+        return fingerprint(files=files, k=evaluate.k, queries=str(evaluate.queries))
 
     def least(self) -> dict[str, Any]:
         """What steps are compared with: the old version, or the first step where that is less, as it is where queries
@@ -264,7 +265,7 @@ class Backfill:
         return first if lower else before
 
     @contextmanager
-    def _lease(self, run_id: str) -> Iterator[Lease]:
+    def lease(self, run_id: str) -> Iterator[Lease]:
         """The index's lease, as soon as it is free: a scheduled run does not end a backfill of days."""
         self._wait_for_others()
         with acquire(self.store, self.new.pipeline.name, run_id) as lease:

@@ -261,7 +261,7 @@ class Upgrading:
         record["area_under_quality"] = self._area(record)
         write_json(self.store, f"{self.folder}/flip.json", record)
         run_id = new_run_id(f"{self.catalog.index}-flip")
-        with acquire(self.store, self.catalog.index, run_id) as lease:
+        with backfill.lease(run_id) as lease:
             lease.check()
             self.head.move(version, run_id, Reason.UPGRADE)
         return _without_queries(record)

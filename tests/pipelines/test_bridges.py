@@ -151,6 +151,7 @@ def test_nothing_is_embedded_twice(
     assert rates["encoded"] == len(taken.paired.document_ids) and rates["tokens_per_s_by_worker"] > 0
 
 
+@pytest.mark.slow
 def test_a_later_run_takes_the_samples_vectors(made: Workspace, rotated: Path, taken: TakenSample) -> None:
     report = made.pipeline(embedding__model=str(rotated), publish__alias="next").run()
     assert report is not None
@@ -240,6 +241,7 @@ def test_the_report_and_its_page(ray_session: Session, taken: TakenSample, bridg
         assert words in page
 
 
+@pytest.mark.slow
 def test_passages_stand_in_for_queries(made: Workspace, ray_session: Session, rotated: Path) -> None:
     new = made.pipeline(embedding__model=str(rotated), evaluate={"queries": 20})
     found = taking(made, ray_session, new).take()

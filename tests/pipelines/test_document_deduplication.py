@@ -116,6 +116,7 @@ def test_passages_that_went_are_linked_to_similar_ones_of_one_document(made: Wor
     assert set(kept_for) == {document for document, _ in passages.values()} - stays
 
 
+@pytest.mark.slow
 def test_a_new_document_is_judged_with_all_others(made: Workspace, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy", made.settings)

@@ -93,6 +93,7 @@ def test_float32_runs_no_check(workspace: Workspace) -> None:
     assert not (workspace.root / "encoders").exists()
 
 
+@pytest.mark.slow
 def test_shorter_vectors_are_taken_from_stored_ones(workspace: Workspace) -> None:
     published(workspace, embedding=settings(store="float32"))
     full = workspace.published()

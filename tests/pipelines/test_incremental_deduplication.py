@@ -167,6 +167,7 @@ def test_a_document_with_another_text_is_new_and_the_rest_of_its_fragment_is_not
     assert after.record["carried"]["open"] == 1 + orphans and after.record["carried"]["standing"] == len(old)
 
 
+@pytest.mark.slow
 def test_only_deleting_what_nothing_depends_on_compares_nothing(workspace: Workspace) -> None:
     before = Decided(workspace.root)
     (workspace.corpus / "two.jsonl").unlink()
@@ -179,6 +180,7 @@ def test_only_deleting_what_nothing_depends_on_compares_nothing(workspace: Works
         assert after.record["comparisons"] == 0 and after.record["carried"]["open"] == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_the_same(workspace: Workspace, real_texts: list[str]) -> None:
     write(workspace, "three", {f"f{number:02d}": reworded(real_texts[number]) for number in range(20, 30)})
     other = Workspace(workspace.folder.parent / "other", workspace.settings)
@@ -203,6 +205,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(workspace: Workspace, real
     assert again.kept == done.kept
 
 
+@pytest.mark.slow
 def test_clean_up_leaves_what_the_next_decision_builds_upon(workspace: Workspace, real_texts: list[str]) -> None:
     write(workspace, "three", {f"f{number:02d}": reworded(real_texts[number]) for number in range(20, 30)})
     run(workspace)
@@ -222,6 +225,7 @@ def test_clean_up_leaves_what_the_next_decision_builds_upon(workspace: Workspace
     assert before.stays < after.stays
 
 
+@pytest.mark.slow
 def test_another_seed_decides_on_the_whole_corpus(workspace: Workspace, real_texts: list[str]) -> None:
     write(workspace, "three", {f"f{number:02d}": reworded(real_texts[number], " Please note.") for number in range(15)})
     run(workspace)

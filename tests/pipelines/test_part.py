@@ -122,6 +122,7 @@ def test_a_part_is_another_version_than_the_whole(ray_session: Session, tmp_path
     assert whole.manifest["duplicates"] > part.manifest["duplicates"] == 0
 
 
+@pytest.mark.slow
 def test_a_part_is_decided_on_by_itself_and_changes_no_later_decision(ray_session: Session, tmp_path: Path) -> None:
     """Deduplication by meaning: the alias points to a mixed version, and the whole is as a fresh run makes it."""
     rule = {"type": "semantic", "similarity": 0.9}

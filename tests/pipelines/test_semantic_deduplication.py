@@ -175,6 +175,7 @@ def test_a_file_of_twins_alone_leaves_its_links(workspace: Workspace) -> None:
     assert linked["h0#0"]["similarity"] is None and linked["h0#0"]["represented_by"] in stays
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_is_made_again(workspace: Workspace) -> None:
     (record,) = workspace.root.glob("stages/kept/*/kept.json")
     kept = record.parent.name
@@ -380,6 +381,7 @@ def test_every_run_says_that_another_join_took_the_place_of_the_one_asked_for(
     assert pipeline.dedup_curve(reporter)["join"] == "graph" and len(reporter.warnings) == 1
 
 
+@pytest.mark.slow
 def test_cleaning_up_leaves_what_other_thresholds_need(workspace: Workspace) -> None:
     for path in workspace.root.rglob("*"):
         if path.is_file():

@@ -95,6 +95,7 @@ def test_too_few_vectors_to_measure_are_compared_behind_the_transforms(tmp_path:
     assert record["chosen"] == {"family": "flat", "codec": "none", "rerank": True}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_what_is_fitted_to_queries_is_measured_with_them(workspace: Workspace) -> None:
     asked = workspace.folder / "asked.jsonl"
