@@ -105,13 +105,7 @@ def read_hash_range(store: Store, path: str, first: int, last: int, columns: Seq
     """The rows with first <= row_hash <= last of a fragment sorted by row_hash, reading only their row groups."""
     wanted = [HASH_COLUMN, *(name for name in columns if name != HASH_COLUMN)]
     with open_fragment(store, path) as file:
-        position = file.schema.names.index(HASH_COLUMN)  # among the leaves, which are more than the fields
-        groups = [
-            group
-            for group in range(file.metadata.num_row_groups)
-            if _overlaps(file.metadata.row_group(group).column(position).statistics, first, last)
-        ]
-        table = file.read_row_groups(groups, columns=wanted)
+        table = file.read_row_groups(_groups_within(file, HASH_COLUMN, first, last), columns=wanted)
     hashes = table.column(HASH_COLUMN).to_numpy()
     start = int(np.searchsorted(hashes, np.uint64(first), side="left"))
     stop = int(np.searchsorted(hashes, np.uint64(last), side="right"))
@@ -121,14 +115,18 @@ def read_hash_range(store: Store, path: str, first: int, last: int, columns: Seq
 def read_rows_with(store: Store, path: str, column: str, value: int) -> pa.Table:
     """The rows of a file whose integer column has a value, reading only row groups that may hold some."""
     with open_fragment(store, path) as file:
-        position = file.schema.names.index(column)  # among the leaves, which are more than the fields
-        groups = [
-            group
-            for group in range(file.metadata.num_row_groups)
-            if _overlaps(file.metadata.row_group(group).column(position).statistics, value, value)
-        ]
-        table = file.read_row_groups(groups).replace_schema_metadata()
+        table = file.read_row_groups(_groups_within(file, column, value, value)).replace_schema_metadata()
     return table.filter(pc.equal(table.column(column), value))
+
+
+def _groups_within(file: pq.ParquetFile, column: str, first: int, last: int) -> list[int]:
+    """The row groups that may hold values from first to last of an integer column."""
+    position = file.schema.names.index(column)  # among the leaves, which are more than the fields
+    return [
+        group
+        for group in range(file.metadata.num_row_groups)
+        if _overlaps(file.metadata.row_group(group).column(position).statistics, first, last)
+    ]
 
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:

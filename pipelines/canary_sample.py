@@ -4,7 +4,6 @@ The passages of the sample become fragments of the stages that a run with the ne
 twice.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +35,7 @@ from penstock.operators.paired_samples import PairedSample, SampledSpace, releva
 from penstock.pipelines.embedding import Embedding
 from penstock.pipelines.loading import Origin
 from penstock.pipelines.model_pair import ModelPair
-from penstock.pipelines.planning import FragmentFacts, Resolved, finished_fragments, split_path
+from penstock.pipelines.planning import FragmentFacts, Resolved, content_of, finished_fragments, split_path
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.records import read_json, write_json
 
@@ -135,7 +134,7 @@ class Canary:
             metrics=[self.pair.old.metric.value, self.pair.new.metric.value],
             stored=[one.pipeline.embedding.store for one in self.pair.both],
             fragments=[fragment.name for fragment in fragments],
-            queries=[_content(path) for path in paths],
+            queries=[content_of(path) for path in paths],
             k=evaluate.k,
             seed=self.seed,
         )
@@ -355,9 +354,3 @@ def _why_stand_ins(queries: int) -> str:
     if not queries:
         return "evaluate.queries names no file"
     return f"evaluate.queries holds {queries} queries, fewer than {FEWEST_QUERIES}"
-
-
-def _content(path: str) -> str:
-    """sha256 of a file."""
-    store, name = split_path(path)
-    return hashlib.sha256(store.read(name)).hexdigest()

@@ -1,6 +1,5 @@
 """What deduplication by meaning decided before: the records that later decisions build upon."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from penstock.cluster.catalog import Catalog
 from penstock.cluster.layout import EMBEDDINGS, KEPT, stage_folder
 from penstock.cluster.storage import Store
 from penstock.operators.identity import fingerprint
+from penstock.pipelines.records import read_json
 
 RECORD = "kept.json"
 
@@ -61,11 +61,9 @@ def record_path(kept: str) -> str:
 
 def read_decision(store: Store, kept: str) -> Decision | None:
     """A finished decision; None where it is not, or where some of it is gone."""
-    try:
-        found = Decision(kept, json.loads(store.read(record_path(kept))))
-    except FileNotFoundError:
-        return None
-    return found if _is_whole(store, found) else None
+    record = read_json(store, record_path(kept))
+    found = None if record is None else Decision(kept, record)
+    return found if found is not None and _is_whole(store, found) else None
 
 
 def earlier_decisions(store: Store, index: str, rule: str) -> Iterator[Decision]:
@@ -82,10 +80,7 @@ def earlier_decisions(store: Store, index: str, rule: str) -> Iterator[Decision]
 
 
 def _rule_of(store: Store, kept: str) -> str | None:
-    try:
-        record = json.loads(store.read(record_path(kept)))
-    except FileNotFoundError:
-        return None
+    record = read_json(store, record_path(kept)) or {}
     rule: str | None = record.get("rule")
     return rule
 

@@ -1,6 +1,5 @@
 """Deduplication by meaning: pairs of similar vectors, which of them stay, and the embeddings that are left."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -54,6 +53,7 @@ from penstock.pipelines.planning import (
     vector_bytes,
 )
 from penstock.pipelines.progress import Reporter
+from penstock.pipelines.records import read_json, write_json
 
 ROWS_PER_CELL = 500
 MOST_CELLS = 4_096  # the planes between them take 8 bytes for each two
@@ -198,7 +198,7 @@ class Deduplicating:
             "rows": sum(receipt.rows_in for receipt in kept.values()),
             "fragments": {passages: receipt.rows_out for passages, receipt in kept.items()},
         }
-        self.store.write(record_path(plan.kept), json.dumps(record, indent=1, sort_keys=True).encode())
+        write_json(self.store, record_path(plan.kept), record)
 
     def _decide(self, removal: RemovalJob, documents: DocumentJob | None) -> int:
         """Choose what goes; returns how many rows that is, or documents."""
@@ -263,27 +263,25 @@ class Deduplicating:
     ) -> dict[str, Any]:
         """The share of true pairs that the join found, measured once for it."""
         path = pair_recall_path(plan.pairs)
-        try:
-            found: dict[str, Any] = json.loads(self.store.read(path))
-        except FileNotFoundError:
+        found = read_json(self.store, path)
+        if found is None:
             share = min(1.0, RECALL_QUERIES / max(open_rows, 1))
             with self.reporter.stage("pair recall", 1, "sample") as advance:
                 recall = measured_recall(self.session, job, records, share, plan.seed)
                 advance(1, f"{recall.recall:.4f} of {recall.pairs:,} pairs")
             found = asdict(recall)
-            self.store.write(path, json.dumps(found, indent=1, sort_keys=True).encode())
+            write_json(self.store, path, found)
         return found
 
     def _join_job(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float]:
         """The join to do of the rows that take part, and how many rows it is to store for each: decided once, as pairs
         are kept by it."""
         path = f"{stage_folder(PAIRS, plan.pairs)}/join.json"
-        try:
-            record = json.loads(self.store.read(path))
-        except FileNotFoundError:
+        record = read_json(self.store, path)
+        if record is None:
             job, factor = self._decided_join(plan, rows)
             record = {"join": job.join.value, "part_of_cell": job.part_of_cell, "predicted_factor": factor}
-            self.store.write(path, json.dumps(record).encode())
+            write_json(self.store, path, record)
             return job, factor
         job = self._whole_join(plan, Join(record["join"]), tuple(record["part_of_cell"]))
         return job, float(record["predicted_factor"])

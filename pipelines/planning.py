@@ -68,6 +68,7 @@ from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_de
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.model_identity import is_same_model, model_identity
+from penstock.pipelines.records import read_json
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
@@ -940,11 +941,8 @@ def decided_before(resolved: Resolved, store: Store) -> Resolved:
     """With the precision that an earlier run on this root chose for this encoder, where the file leaves it open."""
     if resolved.decided:
         return resolved
-    try:
-        record = json.loads(store.read(precision_path(resolved.decision_fingerprint)))
-    except FileNotFoundError:
-        return resolved
-    return resolved.with_precision(Precision(record["chosen"]))
+    record = read_json(store, precision_path(resolved.decision_fingerprint))
+    return resolved if record is None else resolved.with_precision(Precision(record["chosen"]))
 
 
 def chosen_before(resolved: Resolved, store: Store, rows: int) -> Resolved:
@@ -952,9 +950,8 @@ def chosen_before(resolved: Resolved, store: Store, rows: int) -> Resolved:
     too few to train it."""
     if resolved.index_chosen:
         return resolved
-    try:
-        record = json.loads(store.read(choice_path(resolved.choice_fingerprint(rows))))
-    except FileNotFoundError:
+    record = read_json(store, choice_path(resolved.choice_fingerprint(rows)))
+    if record is None:
         return resolved
     chosen = record["chosen"]
     point = SearchParameters.from_json(chosen["parameters"]) if "parameters" in chosen else None
