@@ -27,6 +27,8 @@ from penstock.operators.encoding import (
     Encoder,
     Precision,
     check_same_model,
+    even_batches,
+    padded_lengths,
     token_batches,
     unit_length,
 )
@@ -111,7 +113,9 @@ class EncoderWorker:
         self._tokenizer = TextTokenizer(
             tokenizer_folder(folder), encoder.prompt, encoder.max_tokens, encoder.special_tokens
         )
+        self._pads_evenly = False
         self.takes_token_ids = self._takes is not None and self._same_token_ids()
+        self._pads_evenly = self.takes_token_ids and self._device.type == "cpu"
         stack = read_module_stack(folder)
         self._token_dimension = stack.token_dimension if can_pool_late(stack) and self.takes_token_ids else None
         self.fast_kernels = False
@@ -251,11 +255,20 @@ class EncoderWorker:
             self._count(done, inputs.lengths, effort)
 
     def _batches(self, lengths: np.ndarray, rows: np.ndarray, most_rows: int | None) -> Iterator[np.ndarray]:
-        budget = self.batch_tokens
-        if self._device.type != "cpu":  # enough batches that copying one and computing another overlap
-            budget = min(budget, max(SMALL_BUDGET, int(lengths[rows].sum()) // BATCHES_TO_OVERLAP))
-        for batch in token_batches(lengths[rows], budget, most_rows or MOST_ROWS):
-            yield rows[batch]
+        if self._pads_evenly:
+            padded = padded_lengths(lengths[rows], self.encoder.max_tokens)
+            batches = even_batches(padded, self.batch_tokens, most_rows or MOST_ROWS)
+        else:
+            budget = self.batch_tokens
+            if self._device.type != "cpu":  # enough batches that copying one and computing another overlap
+                budget = min(budget, max(SMALL_BUDGET, int(lengths[rows].sum()) // BATCHES_TO_OVERLAP))
+            batches = token_batches(lengths[rows], budget, most_rows or MOST_ROWS)
+        return (rows[batch] for batch in batches)
+
+    def _padded_length(self, lengths: np.ndarray) -> int:
+        """Tokens to which a batch of rows of these lengths is padded."""
+        padded = padded_lengths(lengths, self.encoder.max_tokens) if self._pads_evenly else lengths
+        return int(padded.max(initial=1))
 
     def _blame(
         self,
@@ -274,7 +287,7 @@ class EncoderWorker:
                 detail = f"{lengths[batch[0]]} tokens alone are too much: {error}"
                 faults[int(batch[0])] = Fault(OUT_OF_MEMORY, detail[:500])
                 return
-            padded = len(batch) * int(lengths[batch].max())
+            padded = len(batch) * self._padded_length(lengths[batch])
             self.batch_tokens = max(min(self.batch_tokens, padded) // 2, 1)
             if not self.encoder.batch_tokens:
                 self._budgets.save(max(self.batch_tokens, LEAST_KEPT_BUDGET))
@@ -337,8 +350,8 @@ class EncoderWorker:
         assert self._takes is not None
         values, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
         starts, ends = offsets[rows], offsets[rows + 1]
-        longest = int((ends - starts).max(initial=1))
         counts = (ends - starts).astype(np.int64)
+        longest = self._padded_length(counts)
         places = np.arange(longest)
         inside = places >= longest - counts[:, None] if self._takes.pads_left else places < counts[:, None]
         first = np.cumsum(counts) - counts
@@ -363,7 +376,7 @@ class EncoderWorker:
         if inputs.windows is None:
             return []
         assert self._takes is not None
-        longest = int(inputs.lengths[rows].max(initial=1))
+        longest = self._padded_length(inputs.lengths[rows])
         return [torch.from_numpy(bag) for bag in inputs.windows.bags(rows, longest, self._takes.pads_left)]
 
     def _forward(self, features: dict[str, Any], *bags: torch.Tensor) -> torch.Tensor:

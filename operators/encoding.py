@@ -16,6 +16,7 @@ OPERATOR_VERSION = 2
 VECTOR = "vector"
 MAY_BE_FILLED = 4
 MOST_PADDING = 1 / 8
+PAD_TO = 8  # tokens
 NON_FINITE = "non_finite_vector"
 ZERO = "zero_vector"
 OVERFLOW = "float16_overflow"
@@ -189,6 +190,25 @@ def token_batches(lengths: np.ndarray, batch_tokens: int, most_rows: int | None 
         taken = min(rows, max(alike, least_rows))
         yield order[start : start + taken]
         start += taken
+
+
+def padded_lengths(lengths: np.ndarray, most: int | None) -> np.ndarray:
+    """Lengths rounded up to a multiple of PAD_TO, but not beyond `most` tokens, where a row is no longer itself.
+
+    What a text is padded to decides in which order its sums are made. A length that follows from the text alone gives
+    the same vector, bit for bit, in whatever batch it is encoded: on CPU, the number of rows changes nothing.
+    """
+    rounded = -(-np.maximum(lengths, 1) // PAD_TO) * PAD_TO
+    limited: np.ndarray = rounded if most is None else np.maximum(np.minimum(rounded, most), lengths)
+    return limited
+
+
+def even_batches(padded: np.ndarray, batch_tokens: int, most_rows: int) -> Iterator[np.ndarray]:
+    """Row numbers grouped into batches of rows of one padded length within `batch_tokens`, longest rows first."""
+    order = np.argsort(-padded, kind="stable")
+    for alike in np.split(order, np.flatnonzero(np.diff(padded[order])) + 1):
+        rows = min(max(batch_tokens // int(padded[alike].max(initial=1)), 1), most_rows)
+        yield from (alike[start : start + rows] for start in range(0, len(alike), rows))
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:

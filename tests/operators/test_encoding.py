@@ -20,6 +20,8 @@ from penstock.operators.encoding import (
     Precision,
     check_same_model,
     encoder_for,
+    even_batches,
+    padded_lengths,
     token_batches,
     unit_length,
     vector_faults,
@@ -119,6 +121,25 @@ def test_token_batches_hold_every_row_once_within_the_budget(lengths: list[int],
     assert all(size <= budget or len(batch) == 1 for size, batch in zip(padded, batches, strict=True))
     order = [lengths[row] for batch in batches for row in batch]
     assert order == sorted(lengths, reverse=True)
+
+
+@given(lengths=st.lists(st.integers(0, 300), max_size=60), budget=st.integers(1, 2000), most=st.integers(1, 256))
+def test_even_batches_hold_every_row_once_and_one_padded_length(lengths: list[int], budget: int, most: int) -> None:
+    cut = np.minimum(np.array(lengths, np.int32), most)
+    padded = padded_lengths(cut, most)
+    batches = list(even_batches(padded, budget, 7))
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        length = int(padded[batch[0]])
+        assert (padded[batch] == length).all() and len(batch) <= 7
+        assert len(batch) * length <= budget or len(batch) == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "expected"), [(0, 256, 8), (8, 256, 8), (9, None, 16), (250, 254, 254), (254, 254, 254)]
+)
+def test_a_padded_length_is_the_next_multiple_within_the_window(length: int, most: int | None, expected: int) -> None:
+    assert padded_lengths(np.array([length]), most).tolist() == [expected]
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 5000), st.integers(1, 20) | st.none())
