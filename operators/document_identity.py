@@ -24,12 +24,12 @@ def document_hashes(
         ascending) and then the text hashes of the passages of each.
     """
     order = np.lexsort((row, document))
-    own, first = np.unique(document[order], return_index=True)
+    own, first, count = np.unique(document[order], return_index=True, return_counts=True)
     rows, texts = row[order].astype("<u8").tobytes(), text.take(pa.array(order)).to_pylist()
     digests = [
         hashlib.blake2b(
             rows[_ROW_BYTES * start : _ROW_BYTES * end] + b"".join(texts[start:end]), digest_size=TEXT_HASH_BYTES
         ).digest()
-        for start, end in zip(first, np.append(first[1:], len(order)), strict=True)
+        for start, end in zip(first, first + count, strict=True)
     ]
     return own, pa.array(digests, TEXT_HASH_TYPE)

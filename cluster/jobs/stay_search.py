@@ -67,7 +67,7 @@ class RepresentedTask:
 
 @dataclass(frozen=True)
 class CountTask:
-    """Count the documents of a fragment that each of some removals took."""
+    """Count the documents of a fragment, which has them whole, that each of some removals took."""
 
     root: str
     embeddings_fingerprint: str
