@@ -159,6 +159,8 @@ def test_earlier_decisions_stand_and_what_a_deleted_document_stood_for_comes_bac
     assert before["comparisons"] == _pairs(len(passages) - before["equal_rows"]) and before["carried_documents"] is None
     assert record["removed_documents"] == len(went) and record["removed"] == sum(counts[name] for name in went)
     assert workspace.pipeline(deduplicate=RULE).plan().up_to_date
+    max(workspace.root.glob("stages/kept/*/documents-*"), key=lambda path: path.stat().st_mtime_ns).unlink()
+    assert not workspace.pipeline(deduplicate=RULE).plan().up_to_date  # which the next decision would need
 
 
 def document_of(passage: str) -> str:
