@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from penstock.cluster.jobs.document_pairs import DocumentJob
 from penstock.cluster.jobs.evaluation import EncodeQueriesTask, Queries, QueriesInvalid, encode_queries
 from penstock.cluster.jobs.removal import RemovalJob
 from penstock.cluster.jobs.stay_search import RepresentedTask, StayFound, StayTask, represented, search_stays
@@ -35,10 +36,11 @@ class CurveQuality:
     reporter: Reporter
     root: str
 
-    def measure(self, removals: Sequence[RemovalJob]) -> dict[str, Any]:
+    def measure(self, removals: Sequence[RemovalJob | DocumentJob]) -> dict[str, Any]:
         """The figures `before`, and `after` each of the removals, which are done.
 
-        Names with `_represented` also count what went where that which represents it is found.
+        Names with `_represented` also count what went where that which represents it is found: of judged documents
+        that went whole, any passage of the document that each went for.
         """
         queries, relevance = self._queries()
         judged = relevance is not None
@@ -46,12 +48,13 @@ class CurveQuality:
         first, k = found.neighbours[0], self.resolved.pipeline.evaluate.k
         truth = _nearest(first, k) if relevance is None else relevance
         wanted = sorted({*found.passages, *(() if judged else (name for names in truth for name in names))})
-        rows = np.unique(row_hashes(wanted))
+        whole = judged and any(isinstance(removal, DocumentJob) for removal in removals)
+        twins = _Twins(wanted, whole, judged)
         before = self._figures(first, {}, truth, judged)
         after = []
         for removal, near in zip(removals, found.neighbours[1:], strict=True):
-            gone, kept = self.session.run(represented, RepresentedTask(removal, rows))
-            after.append(self._figures(near, _standing(near, wanted, gone, kept, judged), truth, judged))
+            gone, kept = self.session.run(represented, RepresentedTask(removal, twins.rows, whole))
+            after.append(self._figures(near, twins.standing(near, gone, kept), truth, judged))
         return {
             "k": k,
             "queries": len(queries.ids),
@@ -83,7 +86,7 @@ class CurveQuality:
         return chosen, relevance
 
     def _search(
-        self, queries: Queries, relevance: list[dict[str, float]] | None, removals: Sequence[RemovalJob]
+        self, queries: Queries, relevance: list[dict[str, float]] | None, removals: Sequence[RemovalJob | DocumentJob]
     ) -> StayFound:
         k = self.resolved.pipeline.evaluate.k * (1 if relevance is None else PASSAGES_PER_DOCUMENT)
         documents = frozenset(name for judged in relevance or () for name, value in judged.items() if value > 0)
@@ -125,17 +128,29 @@ def _nearest(near: Neighbours, k: int) -> list[dict[str, float]]:
     return [{name: 1.0 for name in row[:k] if name is not None} for row in near.ids]
 
 
-def _standing(
-    near: Neighbours, wanted: Sequence[str], gone: np.ndarray, kept: np.ndarray, judged: bool
-) -> dict[str, list[str]]:
-    """The wanted passages (or their documents) that each found passage represents, by the hashes of what is gone and
-    what is kept instead."""
-    found = sorted({name for name in near.ids.ravel() if name is not None})
-    by_hash = dict(zip(row_hashes(found).tolist(), found, strict=True))
-    lost = dict(zip(row_hashes(list(wanted)).tolist(), wanted, strict=True))
-    standing: dict[str, list[str]] = {}
-    for row, instead in zip(gone.tolist(), kept.tolist(), strict=True):
-        if instead in by_hash:
-            name = lost[row]
-            standing.setdefault(by_hash[instead], []).append(document_of(name) if judged else name)
-    return standing
+class _Twins:
+    """The wanted passages, or their documents where documents go whole, of which to learn what represents each.
+
+    Attributes:
+        rows: their hashes, ascending uint64 (n,).
+    """
+
+    def __init__(self, wanted: Sequence[str], whole: bool, judged: bool) -> None:
+        self._key = document_of if whole else str
+        names = sorted({self._key(name) for name in wanted})
+        self._names = dict(zip(row_hashes(names).tolist(), names, strict=True))
+        self.rows = np.array(sorted(self._names), np.uint64)
+        self._shown = document_of if judged and not whole else str
+
+    def standing(self, near: Neighbours, gone: np.ndarray, kept: np.ndarray) -> dict[str, list[str]]:
+        """The wanted passages (or their documents, where these are judged) that each found passage represents, by the
+        hashes of what is gone and what is kept instead."""
+        found = sorted({name for name in near.ids.ravel() if name is not None})
+        passages: dict[int, list[str]] = {}
+        for hashed, name in zip(row_hashes([self._key(name) for name in found]).tolist(), found, strict=True):
+            passages.setdefault(hashed, []).append(name)
+        standing: dict[str, list[str]] = {}
+        for row, instead in zip(gone.tolist(), kept.tolist(), strict=True):
+            for passage in passages.get(instead, ()):
+                standing.setdefault(passage, []).append(self._shown(self._names[row]))
+        return standing

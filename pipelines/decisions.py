@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.cluster.catalog import Catalog
+from penstock.cluster.jobs.document_standing import decided_path
 from penstock.cluster.layout import EMBEDDINGS, KEPT, stage_folder
 from penstock.cluster.storage import Store
 from penstock.operators.identity import fingerprint
@@ -88,6 +89,8 @@ def _rule_of(store: Store, kept: str) -> str | None:
 def _is_whole(store: Store, found: Decision) -> bool:
     stays = {f"{found.links[name]}.parquet" for passages, name in found.encoded.items() if found.rows[passages]}
     links = {f"{name}.parquet" for name in found.links.values()}
+    if found.record["removed_documents"] is not None:
+        links |= {decided_path(found.kept, name).rsplit("/", 1)[1] for name in found.links.values()}
     return stays <= store.names(stage_folder(EMBEDDINGS, found.kept)) and links <= store.names(
         stage_folder(KEPT, found.kept)
     )

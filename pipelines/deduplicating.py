@@ -10,6 +10,7 @@ import numpy as np
 from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
 from penstock.cluster.jobs.document_pairs import DocumentJob, IncidencesTask, count_incidences, remove_documents
+from penstock.cluster.jobs.document_standing import DocumentCarry, carry_documents, standing_documents
 from penstock.cluster.jobs.groups import are_grouped, group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
@@ -40,6 +41,7 @@ from penstock.operators.identity import fingerprint
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join
 from penstock.pipelines.config import Level
+from penstock.pipelines.curve_points import count_documents, document_points, passage_points
 from penstock.pipelines.curve_quality import CurveQuality
 from penstock.pipelines.decisions import read_decision, record_path
 from penstock.pipelines.ledger import StageEntry
@@ -96,7 +98,8 @@ class Deduplicating:
         return done, StageEntry(KEPT, before, done.rows, dropped, len(done.embeddings), seconds=seconds)
 
     def curve(self) -> dict[str, Any]:
-        """What thresholds from the floor on would remove, in rows, their share, and bytes of stored vectors.
+        """What thresholds from the floor on would remove, in rows (and documents, where these go), their share, and
+        bytes of stored vectors.
 
         With pairs near the threshold of the file, to judge it by, and with what becomes of the answers to the queries
         of the evaluation, if it has a file of them.
@@ -111,25 +114,11 @@ class Deduplicating:
         records = self._pairs(job)
         rows = sum(record.rows for record in records)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
-        points: list[dict[str, Any]] = []
-        removals: list[RemovalJob] = []
-        with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
-            for threshold in thresholds:
-                removal = replace(self._removal(plan, records), similarity=threshold)
-                removal = replace(removal, fingerprint=plan.removal_at(threshold))
-                removals.append(removal)
-                removed = remove_duplicates(self.session, removal)
-                points.append(
-                    {
-                        "similarity": threshold,
-                        "removed": removed,
-                        "share": round(removed / max(rows, 1), 6),
-                        "saved_bytes": removed * vector_bytes(self.resolved),
-                    }
-                )
-                advance(1, f"{threshold:g}: {removed:,} rows go")
+        points, choices, documents = self._points(plan, records, thresholds, rows)
         return {
+            "level": self.resolved.pipeline.deduplicate.level.value,
             "rows": rows,
+            "documents": documents,
             "pairs": sum(record.pairs for record in records),
             "join": job.join.value,
             "pair_recall": self._pair_recall(plan, job, records, rows),
@@ -137,10 +126,34 @@ class Deduplicating:
             "similarity": plan.similarity,
             "points": points,
             "examples": self._examples(plan, records),
-            **self._quality(points, removals),
+            **self._quality(points, choices),
         }
 
-    def _quality(self, points: list[dict[str, Any]], removals: list[RemovalJob]) -> dict[str, Any]:
+    def _points(
+        self, plan: Deduplicated, records: list[PartRecord], thresholds: list[float], rows: int
+    ) -> tuple[list[dict[str, Any]], list[RemovalJob] | list[DocumentJob], int | None]:
+        """What each threshold removes of the rows, the choices, and how many documents there are where these go."""
+        singles: list[RemovalJob] = []
+        whole: list[DocumentJob] = []
+        removed: list[int] = []
+        with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
+            for threshold in thresholds:
+                removal = replace(self._removal(plan, records), similarity=threshold)
+                removal = self._in_buckets(replace(removal, fingerprint=plan.removal_at(threshold)))
+                documents = self._documents(plan, removal)
+                if documents is None:
+                    singles.append(removal)
+                else:
+                    whole.append(documents)
+                removed.append(self._chosen(removal, documents))
+                advance(1, f"{threshold:g}: {removed[-1]:,} {_kind(documents)} go")
+        row_bytes = vector_bytes(self.resolved)
+        if not whole:
+            return passage_points(thresholds, removed, rows, row_bytes), singles, None
+        counts = count_documents(self.session, self.reporter, self.store.url, self.embedded, whole)
+        return document_points(thresholds, counts, row_bytes), whole, int(counts[0, 0])
+
+    def _quality(self, points: list[dict[str, Any]], removals: list[RemovalJob] | list[DocumentJob]) -> dict[str, Any]:
         """What the evaluation has queries for: how the points change their answers, which is put into the points."""
         if not isinstance(self.resolved.pipeline.evaluate.queries, str):
             return {}
@@ -175,7 +188,7 @@ class Deduplicating:
             return find_pairs(self.session, job, _counted(advance))
 
     def _deduplicate(self, plan: Deduplicated) -> None:
-        carried = self._carry(plan)
+        carried, whole = self._carry(plan)
         job, factor = self._join_job(plan, carried.standing + carried.open)
         self._warn_of(plan, job.join, factor)
         records = self._pairs(job) if carried.open else []
@@ -192,9 +205,10 @@ class Deduplicating:
             "asked": plan.join.value,
             "similarity": plan.similarity,
             "carried": asdict(carried),
+            "carried_documents": None if whole is None else asdict(whole),
             "pair_recall": recall,
             "removed": sum(receipt.rows_in - receipt.rows_out for receipt in kept.values()),
-            "removed_documents": None if documents is None else removed,
+            "removed_documents": None if documents is None else removed + (whole.gone if whole else 0),
             "rows": sum(receipt.rows_in for receipt in kept.values()),
             "fragments": {passages: receipt.rows_out for passages, receipt in kept.items()},
         }
@@ -203,14 +217,16 @@ class Deduplicating:
     def _decide(self, removal: RemovalJob, documents: DocumentJob | None) -> int:
         """Choose what goes; returns how many rows that is, or documents."""
         with self.reporter.stage(REMOVAL, 1, "choice") as advance:
-            if documents is None:
-                removed = remove_duplicates(self.session, removal)
-            else:
-                removed = remove_documents(self.session, documents)
-            advance(1, f"{removed:,} {'rows' if documents is None else 'documents'} go")
+            removed = self._chosen(removal, documents)
+            advance(1, f"{removed:,} {_kind(documents)} go")
         if not are_grouped(self.store, removal):
             self.session.run(group_rows, removal)
         return removed
+
+    def _chosen(self, removal: RemovalJob, documents: DocumentJob | None) -> int:
+        if documents is None:
+            return remove_duplicates(self.session, removal)
+        return remove_documents(self.session, documents)
 
     def _joined(self, job: JoinJob, factor: float, records: list[PartRecord]) -> dict[str, Any]:
         """What the join found."""
@@ -228,10 +244,11 @@ class Deduplicating:
             "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
         }
 
-    def _carry(self, plan: Deduplicated) -> Carried:
-        """What stands, is gone and is open, by the earlier decision; all is open where there is none."""
+    def _carry(self, plan: Deduplicated) -> tuple[Carried, Carried | None]:
+        """What stands, is gone and is open, by the earlier decision; all is open where there is none. Of rows, and of
+        documents where these go and there is an earlier decision."""
         if plan.standing is None or plan.earlier is None:
-            return Carried(open=self.embedded.rows)
+            return Carried(open=self.embedded.rows), None
         earlier = read_decision(self.store, plan.earlier)
         if earlier is None:
             raise FileNotFoundError(f"{record_path(plan.earlier)}, or what it names, was there and is gone; run again")
@@ -256,7 +273,11 @@ class Deduplicating:
                 standing += receipt.rows_out
                 advance(1, f"{standing:,} vectors stand")
 
-            return carry_decisions(self.session, job, tell)
+            if self.resolved.pipeline.deduplicate.level is Level.PASSAGE:
+                return carry_decisions(self.session, job, tell), None
+            passages = {name: passages for passages, name in self.embedded.embeddings.items()}
+            carry = DocumentCarry(job, self.resolved.stage_fingerprint(PASSAGES), passages)
+            return carry_documents(self.session, carry, tell)
 
     def _pair_recall(
         self, plan: Deduplicated, job: JoinJob, records: list[PartRecord], open_rows: int
@@ -387,8 +408,9 @@ class Deduplicating:
             case Level.PASSAGE:
                 return None
             case Level.DOCUMENT:
-                name = fingerprint(stage=DOCUMENT_PAIRS, removal=plan.removal)
-                return DocumentJob(name, removal, deduplicate.covered_share)
+                name = fingerprint(stage=DOCUMENT_PAIRS, removal=removal.fingerprint)
+                standing = None if plan.standing is None else standing_documents(plan.standing)
+                return DocumentJob(name, removal, deduplicate.covered_share, standing)
 
     def _name(self, plan: Deduplicated, removed: int) -> None:
         """The table of what went, by ids."""
@@ -429,6 +451,11 @@ class Deduplicating:
 
 def _cells(rows: int, parts: int) -> int:
     return max(1, min(rows, MOST_CELLS, max(8 * parts if parts > 1 else 1, rows // ROWS_PER_CELL)))
+
+
+def _kind(documents: DocumentJob | None) -> str:
+    """What goes."""
+    return "rows" if documents is None else "documents"
 
 
 def _counted(advance: Callable[[int, str], None]) -> Callable[[PartRecord], None]:

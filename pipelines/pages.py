@@ -17,7 +17,7 @@ MOST_CHARACTERS = 1_200
 
 
 def pairs_page(record: dict[str, Any]) -> str:
-    """Pairs near the threshold side by side; those that reach it, of which one goes, are marked."""
+    """Pairs near the threshold side by side; those that reach it are marked."""
     rows = "\n".join(_pair(pair, record["similarity"]) for pair in record["examples"])
     title = f"Pairs near {record['similarity']:g}"
     return f"""<!doctype html>
@@ -28,8 +28,7 @@ def pairs_page(record: dict[str, Any]) -> str:
 <style>{STYLE}</style>
 <h1>{title}</h1>
 <p>{len(record["examples"])} of {record["pairs"]:,} stored pairs of {record["rows"]:,} passages, chosen at random among
-those whose cosine similarity is near the threshold. Marked pairs reach it: one of the two goes, unless it went
-already.</p>
+those whose cosine similarity is near the threshold. Marked pairs reach it: {_what_goes(record)}.</p>
 <table>
 <tr><th>similarity</th><th>passage</th><th>passage</th></tr>
 {rows}
@@ -38,15 +37,25 @@ already.</p>
 """
 
 
+def _what_goes(record: dict[str, Any]) -> str:
+    if record["documents"] is None:
+        return "one of the two goes, unless it went already"
+    return "they count towards the share of one document that is in another, by which documents go whole"
+
+
 def _thresholds(record: dict[str, Any]) -> str:
     """What thresholds do to the answers to queries, where these were asked."""
     if "quality" not in record:
         return ""
     names = [name for name in QUALITY_COLUMNS if name in record["points"][0]]
-    titles = ["threshold", "removed", *(QUALITY_COLUMNS[name] for name in names)]
+    shares = {"share": "removed"}
+    if record["documents"] is not None:
+        shares = {"share_of_documents": "documents removed", "share": "passages removed"}
+    titles = ["threshold", *shares.values(), *(QUALITY_COLUMNS[name] for name in names)]
     lines = [f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"]
     for point in record["points"]:
-        values = [f"{point['similarity']:g}", f"{point['share']:.2%}", *(f"{point[name]:.4f}" for name in names)]
+        removed = [f"{point[name]:.2%}" for name in shares]
+        values = [f"{point['similarity']:g}", *removed, *(f"{point[name]:.4f}" for name in names)]
         kind = ' class="goes"' if point["similarity"] == record["similarity"] else ""
         lines.append(f"<tr{kind}>{''.join(f'<td>{value}</td>' for value in values)}</tr>")
     table = "\n".join(lines)

@@ -15,7 +15,7 @@ from penstock.cluster.storage import Store, open_store
 from penstock.pipelines.backfilling import AliasHead
 from penstock.pipelines.canary import ModelTrial
 from penstock.pipelines.canary_sample import SAMPLE_PASSAGES
-from penstock.pipelines.config import Level, PipelineFile
+from penstock.pipelines.config import PipelineFile
 from penstock.pipelines.diffing import Difference, compare
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
 from penstock.pipelines.mixed_format import is_mixed
@@ -150,14 +150,11 @@ class Pipeline:
         """What each threshold of `deduplicate.similarity` would remove, embedding first what is not embedded.
 
         Raises:
-            As `run`; PipelineFileInvalid where the file does not ask for deduplication of passages by meaning.
+            As `run`; PipelineFileInvalid where the file does not ask for deduplication by meaning.
         """
         if self.config.deduplicate.type != "semantic":
             rule = f"({self.config.deduplicate.type}) must be semantic for a curve of thresholds; set it in the file"
             raise PipelineFileInvalid([self.origin.problem("deduplicate.type", rule)])
-        if self.config.deduplicate.level is Level.DOCUMENT:
-            rule = "(document) must be passage for a curve of thresholds, which counts passages; set it in the file"
-            raise PipelineFileInvalid([self.origin.problem("deduplicate.level", rule)])
         store = self.store
         plan = make_plan(resolve(self.config, self.origin), store, 0)
         with _stop_on_sigterm(), Session() as session:

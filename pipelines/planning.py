@@ -399,9 +399,8 @@ def _rule(resolved: Resolved) -> str:
 
 def deduplication_of(resolved: Resolved, embedded: Embedded, store: Store) -> Deduplicated:
     """The decision of the newest version of the index by the same rule, where that is of this corpus; else the one
-    that builds upon it; where there is none, and where whole documents go, one about the whole corpus. About a part of
-    it is decided by itself."""
-    if resolved.pipeline.deduplicate.level is Level.DOCUMENT or part_of_corpus(resolved, embedded.facts) is not None:
+    that builds upon it; where there is none, one about the whole corpus. About a part of it is decided by itself."""
+    if part_of_corpus(resolved, embedded.facts) is not None:
         return Deduplicated.of(resolved, embedded)
     for found in earlier_decisions(store, resolved.pipeline.name, _rule(resolved)):
         again = Deduplicated.of(resolved, embedded, found.earlier)

@@ -60,10 +60,11 @@ def tuning_svg(record: dict[str, Any]) -> str:
 
 
 def curve_svg(record: dict[str, Any]) -> str:
-    """The share of passages that each threshold removes, and where queries were asked the quality of their answers on
-    an axis of its own at the right; the threshold of the file is ringed."""
+    """The share of passages that each threshold removes, that of documents where these go whole, and where queries were
+    asked the quality of their answers on an axis of its own at the right; the threshold of the file is ringed."""
     points = record["points"]
-    floor, most = record["floor"], max(point["share"] for point in points)
+    shares = ["share"] if record["documents"] is None else ["share", "share_of_documents"]
+    floor, most = record["floor"], max(point[name] for point in points for name in shares)
     top = max(most * 1.1, 1e-4)
 
     def place(point: dict[str, Any]) -> tuple[float, float]:
@@ -100,6 +101,8 @@ def curve_svg(record: dict[str, Any]) -> str:
     for point, (across, down) in zip(points, places, strict=True):
         chosen = point["similarity"] == record["similarity"]
         about = f"{point['similarity']:g}: {point['removed']:,} of {record['rows']:,}, {point['saved_bytes']:,} bytes"
+        if record["documents"] is not None:
+            about += f", {point['removed_documents']:,} of {record['documents']:,} documents"
         if chosen:
             parts.append(f'<circle cx="{across}" cy="{down}" r="10" fill="none" stroke="#dc2626" stroke-width="2"/>')
         parts.append(
@@ -107,8 +110,22 @@ def curve_svg(record: dict[str, Any]) -> str:
         )
         if not any(abs(across - other) < 34 for other, _ in places[: places.index((across, down))]):
             parts.append(_text(across, bottom + 18, f"{point['similarity']:g}", anchor="middle"))
+    if record["documents"] is not None:
+        downs = [bottom - point["share_of_documents"] / top * PLOT_HEIGHT for point in points]
+        parts += _document_line([across for across, _ in places], downs)
     parts += _quality_lines(record, [across for across, _ in places])
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _document_line(across: Sequence[float], downs: Sequence[float]) -> list[str]:
+    """The share of documents, dashed beside that of passages."""
+    colour = COLOURS["hnsw"]
+    line = " ".join(f"{x},{y:.1f}" for x, y in zip(across, downs, strict=True))
+    label = _text(LEFT, TOP - 4, "dashed: the share of documents", f"fill: {colour}")
+    return [
+        f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="6 4"/>',
+        label,
+    ]
 
 
 def _quality_lines(record: dict[str, Any], across: Sequence[float]) -> list[str]:

@@ -91,13 +91,16 @@ def tuning_view(record: dict[str, Any]) -> RenderableType:
 def curve_view(record: dict[str, Any]) -> RenderableType:
     """What each threshold removes as duplicates by meaning."""
     figures = [name for name in QUALITY_COLUMNS if name in record["points"][0]]
-    table = _table("", "threshold", "removed", "share", "saved bytes", *(QUALITY_COLUMNS[name] for name in figures))
+    whole = [] if record["documents"] is None else ["documents", "share"]
+    titles = "threshold", *whole, "passages" if whole else "removed", "share", "saved bytes"
+    table = _table("", *titles, *(QUALITY_COLUMNS[name] for name in figures))
     for point in record["points"]:
         mark = "in the file" if point["similarity"] == record["similarity"] else ""
         _row(
             table,
             mark,
             f"{point['similarity']:g}",
+            *((f"{point['removed_documents']:,}", f"{point['share_of_documents']:.2%}") if whole else ()),
             f"{point['removed']:,}",
             f"{point['share']:.2%}",
             f"{point['saved_bytes']:,}",
@@ -108,6 +111,8 @@ def curve_view(record: dict[str, Any]) -> RenderableType:
         f"{record['pairs']:,} pairs of {record['rows']:,} passages reach {record['floor']:g}; bytes of stored vectors."
         f"\nFound by join {record['join']}: {recall['recall']:.4f} of {recall['pairs']:,} true pairs of a sample."
     )
+    if whole:
+        words += f"\nDocuments go whole, of {record['documents']:,}, with all their passages."
     if "quality" in record:
         words += f"\n{quality_words(record['quality'])}"
     return Group(table, Text(words))

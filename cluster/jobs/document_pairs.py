@@ -26,6 +26,7 @@ from penstock.cluster.jobs.removal import (
     remove_duplicates,
     removed_of,
     sortable,
+    stands_of,
     staying_passages,
 )
 from penstock.cluster.jobs.similarity import LEFT, PAIR_SCHEMA, RIGHT, SIMILARITY, stored_pairs
@@ -60,11 +61,13 @@ class DocumentJob:
         rows: the pairs of passages, where passages are, and the order of preference; its fingerprint is that of the
             documents' removal.
         share: of the passages of a document that must be similar to passages of one other, above 0 and at most 1.
+        standing: fingerprint of decisions on documents that were carried over: those that stand come before all others.
     """
 
     fingerprint: str
     rows: RemovalJob
     share: float
+    standing: str | None = None
 
     @property
     def root(self) -> str:
@@ -90,6 +93,8 @@ class DocumentJob:
             passages=tuple(f"documents-{bucket:05d}" for bucket in names),
             column="key",
             descending=descends(self.rows),
+            standing=self.standing,
+            fragments=self.rows.fragments,
         )
 
 
@@ -211,6 +216,7 @@ def send_shares(task: DocumentTask) -> int:
     row, other = (found.column(name).to_numpy() for name in ("row", "other"))
     document, other, share = document_shares(document, other, row, facts.passages)
     keys = facts.keys(job.rows, np.bincount(document, minlength=len(own)))
+    stands = stands_of(store, job.removal, own)
     enough = share >= np.float32(job.share)
     told = {
         "bucket": bucket_of(other[enough], job.buckets),
@@ -218,9 +224,10 @@ def send_shares(task: DocumentTask) -> int:
         "covered": own[document[enough]],
         SIMILARITY: share[enough],
         "key": keys.take(pa.array(document[enough])),
+        "stands": stands[document[enough]],
     }
     _write(store, job, f"shares-{task.bucket:05d}", pa.table(told).sort_by("bucket"))
-    _write(store, job, f"documents-{task.bucket:05d}", pa.table({"row_hash": own, "key": keys}))
+    _write(store, job, f"documents-{task.bucket:05d}", pa.table({"row_hash": own, "key": keys, "stands": stands}))
     return len(own)
 
 
@@ -233,9 +240,10 @@ def pair_documents(task: DocumentTask) -> int:
         return 0
     told = _told_to(store, job, "shares", task.bucket)
     own = read_fragment(store, _path(job, f"documents-{task.bucket:05d}")).replace_schema_metadata()
-    known = pa.concat_tables([own, told.select(["covered", "key"]).rename_columns(["row_hash", "key"])])
+    known = pa.concat_tables([own, told.select(["covered", *own.column_names[1:]]).rename_columns(own.column_names)])
     hashes, first = np.unique(known.column("row_hash").to_numpy(), return_index=True)
     rank = ranks(known.column("key").take(pa.array(first)), hashes, descends(job.rows))
+    rank = np.where(known.column("stands").to_numpy()[first], rank, rank + len(rank))
     covering, covered = (told.column(side).to_numpy() for side in ("covering", "covered"))
     earlier = rank[np.searchsorted(hashes, covering)] < rank[np.searchsorted(hashes, covered)]
     covering, covered = covering[earlier], covered[earlier]

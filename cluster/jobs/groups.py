@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.cluster.fragments import read_fragment, write_fragment
 from penstock.cluster.jobs.removal import RemovalJob
@@ -83,6 +84,7 @@ def _all_ends(store: Store, job: RemovalJob) -> Iterator[_Ends]:
         return
     for fragment in job.fragments:
         gone = decisions_on(store, job.standing, fragment)[1]
+        gone = gone.filter(pc.greater(gone.column("similarity"), 0))  # what a row represents
         yield gone.column("row_hash").to_numpy(), gone.column("kept_hash").to_numpy()
 
 

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, Work, read_fragment, write_fragment
 from penstock.cluster.jobs.document_pairs import DocumentJob, passage_links
+from penstock.cluster.jobs.document_standing import decided_path, keep_documents
 from penstock.cluster.jobs.groups import groups_of
 from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob, removed_rows
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
@@ -66,16 +67,20 @@ def keep_rows(task: KeptTask) -> Work:
     embedded, passages = read_rows(store, job.source, task.pair, 0, HASH_SPACE - 1)
     hashes = embedded.column("row_hash").to_numpy()
     kept_hash, similarity = np.zeros(len(hashes), np.uint64), np.zeros(len(hashes), np.float32)
-    goes, linked = _of_gone_documents(store, job, passages), np.zeros(len(hashes), bool)
+    goes = np.zeros(len(hashes), bool)
+    if job.documents is not None:
+        rows = embedded.select(["row_hash", "text_hash"]).append_column("document_hash", passages["document_hash"])
+        path = decided_path(job.fingerprint, task.name)
+        goes = keep_documents(store, job.documents, task.pair.embeddings, path, rows)
     for table in _gone(store, job, task.pair.embeddings):
         removed = table.column("removed").to_numpy()  # ascending
         place = np.searchsorted(removed, hashes)
         here = np.flatnonzero(place < len(removed))
         here = here[removed[place[here]] == hashes[here]]
-        linked[here] = True
+        goes[here] = True
         kept_hash[here] = table.column("kept").to_numpy()[place[here]]
         similarity[here] = table.column("similarity").to_numpy()[place[here]]
-    goes |= linked
+    linked = similarity > 0
     links = pa.table(
         [
             pa.array(hashes[goes]),
@@ -96,16 +101,6 @@ def _gone(store: Store, job: KeptJob, fragment: str) -> Iterator[pa.Table]:
     if job.removal.standing:
         yield decisions_on(store, job.removal.standing, fragment)[1].rename_columns(REMOVED_SCHEMA.names)
     yield from removed_rows(store, job.removal) if job.documents is None else passage_links(store, job.documents)
-
-
-def _of_gone_documents(store: Store, job: KeptJob, passages: pa.Table) -> np.ndarray:
-    """Which passages are of a document that goes as a whole, bool (n,)."""
-    gone = np.zeros(passages.num_rows, bool)
-    if job.documents is not None:
-        documents = passages.column("document_hash").to_numpy()
-        for table in removed_rows(store, job.documents.removal):
-            gone |= np.isin(documents, table.column("removed").to_numpy())
-    return gone
 
 
 def merged_links(store: Store, fingerprint: str, fragments: tuple[str, ...]) -> Iterator[pa.Table]:

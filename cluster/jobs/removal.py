@@ -144,7 +144,7 @@ def send_keys(task: BucketTask) -> int:
         return 0
     rows = BucketRows(store, task)
     keys, best = _preferred(store, task, rows)
-    stands = _standing(store, job, rows.own)
+    stands = stands_of(store, job, rows.own)
     messages = pa.table(
         {
             "bucket": bucket_of(rows.neighbour, job.buckets),
@@ -360,7 +360,7 @@ def _keys(store: Store, job: RemovalJob, rows: np.ndarray) -> pa.Array:
             assert_never(job.keep)
 
 
-def _standing(store: Store, job: RemovalJob, own: np.ndarray) -> np.ndarray:
+def stands_of(store: Store, job: RemovalJob, own: np.ndarray) -> np.ndarray:
     """Which of the rows `own` (n,), ascending, stay by earlier decisions: bool (n,)."""
     stands = np.zeros(len(own), bool)
     if job.standing is not None:

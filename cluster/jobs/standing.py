@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, read_fragment, read_hash_range, read_receipt, write_fragment
 from penstock.cluster.layout import EMBEDDINGS, KEPT, STANDING, fragment_path, stage_folder
@@ -22,7 +23,8 @@ from penstock.operators.sharding import HASH_SPACE, shard_range
 # Rows of one range that came or left: about 60 bytes each while they are compared.
 RANGE_ROWS = 4_000_000
 OPEN, GONE = "open", "gone"
-# kept_hash is the row's own where it stays.
+# kept_hash is the row's own where it stays; it and the similarity are 0 where a passage went with its document and has
+# none like it in the one that stays.
 STANDING_SCHEMA = pa.schema([("row_hash", pa.uint64()), ("kept_hash", pa.uint64()), ("similarity", pa.float32())])
 _TEXT_SCHEMA = pa.schema([("row_hash", pa.uint64()), ("text_hash", TEXT_HASH_TYPE)])
 
@@ -51,6 +53,18 @@ class StandingJob:
         """Earlier fragments that are no more."""
         return sorted(self.links.keys() - set(self.fragments))
 
+    def now(self, fragment: str) -> str:
+        """Where row_hash and text_hash of a fragment are that came."""
+        return fragment_path(EMBEDDINGS, self.embeddings_fingerprint, fragment)
+
+    def then(self, fragment: str) -> str:
+        """Where those of an earlier fragment are."""
+        return fragment_path(EMBEDDINGS, self.embeddings_fingerprint, fragment)
+
+    def gone(self, fragment: str) -> str:
+        """Where the links of what went of an earlier fragment are."""
+        return fragment_path(KEPT, self.earlier, self.links[fragment])
+
 
 @dataclass(frozen=True)
 class RangeTask:
@@ -73,6 +87,11 @@ class Carried:
     gone: int = 0
     open: int = 0
 
+    def adding(self, receipt: Receipt) -> "Carried":
+        """These and those of a fragment."""
+        gone, open_ = receipt.dropped.get(GONE, 0), receipt.dropped.get(OPEN, 0)
+        return Carried(self.standing + receipt.rows_out, self.gone + gone, self.open + open_)
+
 
 def ranges_for(rows: int) -> int:
     """Ranges of hashes for so many rows that came or left."""
@@ -89,8 +108,7 @@ def carry_decisions(session: Session, job: StandingJob, on_fragment: Callable[[R
     carried = Carried()
     tasks = [CarryTask(job, fragment, f"{fragment}.parquet" in present) for fragment in job.fragments]
     for receipt in session.stream(carry_fragment, tasks):
-        gone, open_ = receipt.dropped.get(GONE, 0), receipt.dropped.get(OPEN, 0)
-        carried = Carried(carried.standing + receipt.rows_out, carried.gone + gone, carried.open + open_)
+        carried = carried.adding(receipt)
         on_fragment(receipt)
     return carried
 
@@ -102,7 +120,7 @@ def compare_rows(task: RangeTask) -> int:
     first, last = shard_range(task.range, job.ranges)
     arrived = sorted(set(job.fragments) - job.links.keys())
     now = pa.concat_tables(
-        [_TEXT_SCHEMA.empty_table(), *(_rows(store, job, fragment, first, last) for fragment in arrived)]
+        [_TEXT_SCHEMA.empty_table(), *(_rows(store, job.now(fragment), first, last) for fragment in arrived)]
     )
     then = pa.concat_tables([_decided(store, job, fragment, first, last) for fragment in job.left])
     carried = (
@@ -126,16 +144,21 @@ def carry_fragment(task: CarryTask) -> Receipt:
         decided = _decided(store, job, task.fragment, 0, HASH_SPACE - 1).select(STANDING_SCHEMA.names)
         rows = decided.num_rows
     else:
-        hashes = _rows(store, job, task.fragment, 0, HASH_SPACE - 1).column("row_hash").to_numpy()
+        hashes = _rows(store, job.now(task.fragment), 0, HASH_SPACE - 1).column("row_hash").to_numpy()
         decided, rows = _carried(store, job, hashes), len(hashes)
     orphaned = np.zeros(decided.num_rows, bool)
     kept = decided.column("kept_hash").to_numpy()
     for lost in _ranges(store, job, "lost"):
         orphaned |= np.isin(kept, lost.column("row_hash").to_numpy())
     decided = decided.filter(pa.array(~orphaned))
+    return write_decisions(store, path, task.fragment, decided, rows)
+
+
+def write_decisions(store: Store, path: str, fragment: str, decided: pa.Table, rows: int) -> Receipt:
+    """Write what is decided (STANDING_SCHEMA) of the rows of a fragment, with a receipt of what is open as well."""
     standing = int(np.count_nonzero(_stays(decided)))
     dropped = {GONE: decided.num_rows - standing, OPEN: rows - decided.num_rows}
-    receipt = Receipt(task.fragment, rows, standing, {reason: count for reason, count in dropped.items() if count})
+    receipt = Receipt(fragment, rows, standing, {reason: count for reason, count in dropped.items() if count})
     write_fragment(store, path, decided.combine_chunks(), receipt)
     return receipt
 
@@ -152,23 +175,20 @@ def _stays(table: pa.Table) -> np.ndarray:
     return stays
 
 
-def _rows(store: Store, job: StandingJob, fragment: str, first: int, last: int) -> pa.Table:
-    path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment)
+def _rows(store: Store, path: str, first: int, last: int) -> pa.Table:
     table = read_hash_range(store, path, first, last, _TEXT_SCHEMA.names)
     return table.select(_TEXT_SCHEMA.names).replace_schema_metadata()
 
 
 def _decided(store: Store, job: StandingJob, fragment: str, first: int, last: int) -> pa.Table:
     """The rows of an earlier fragment with what was decided: STANDING_SCHEMA and text_hash, by row hash."""
-    rows = _rows(store, job, fragment, first, last)
-    links = read_hash_range(
-        store, fragment_path(KEPT, job.earlier, job.links[fragment]), first, last, STANDING_SCHEMA.names
-    )
+    rows = _rows(store, job.then(fragment), first, last)
+    links = read_hash_range(store, job.gone(fragment), first, last, STANDING_SCHEMA.names)
     hashes = rows.column("row_hash").to_numpy()
     kept, similarity = hashes.copy(), np.ones(len(hashes), np.float32)
     place = np.searchsorted(hashes, links.column("row_hash").to_numpy())
-    kept[place] = links.column("kept_hash").to_numpy()
-    similarity[place] = links.column("similarity").to_numpy()
+    kept[place] = pc.fill_null(links.column("kept_hash"), 0).to_numpy()
+    similarity[place] = pc.fill_null(links.column("similarity"), 0).to_numpy()
     return rows.append_column("kept_hash", pa.array(kept)).append_column("similarity", pa.array(similarity))
 
 

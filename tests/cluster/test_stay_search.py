@@ -8,23 +8,26 @@ import pyarrow as pa
 import pytest
 
 from penstock.cluster.fragments import Receipt, vector_column, write_fragment
+from penstock.cluster.jobs.document_pairs import DocumentJob
 from penstock.cluster.jobs.evaluation import Queries
 from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob
 from penstock.cluster.jobs.stay_search import (
+    CountTask,
     RepresentedTask,
     StayFound,
     StayTask,
+    count_gone,
     represented,
     search_stays,
 )
-from penstock.cluster.layout import EMBEDDINGS, REMOVAL, fragment_path
+from penstock.cluster.layout import DOCUMENT_PAIRS, EMBEDDINGS, REMOVAL, fragment_path
 from penstock.cluster.local_store import LocalStore
 from penstock.operators.identity import row_hashes
 from penstock.operators.independent_set import Keep
 from penstock.operators.indexing import Metric
 from penstock.operators.similar_pairs import unit_rows
 
-ROWS, BUCKETS, K = 240, 2, 7
+ROWS, BUCKETS, K = 252, 2, 7  # three fragments of whole documents
 NAMES = np.array([f"d{row // 3}#{row % 3}" for row in range(ROWS)], dtype=object)
 HASHES = row_hashes(NAMES.tolist())
 VECTORS = unit_rows(np.random.default_rng(1).standard_normal((ROWS, 10))).astype(np.float16)
@@ -87,3 +90,31 @@ def test_more_removals_than_bits_are_refused(tmp_path: Path) -> None:
     task = _task(tmp_path)
     with pytest.raises(ValueError, match=r"removals \(64\) must be at most 63 in one pass; search in several"):
         search_stays(replace(task, removals=task.removals * 16))
+
+
+def test_documents_that_went_take_all_their_passages_and_are_counted(tmp_path: Path) -> None:
+    task, store = _task(tmp_path), LocalStore(tmp_path)
+    names = [f"d{number}" for number in range(0, ROWS // 3, 2)]
+    rows = RemovalJob(str(tmp_path), "rows", (), 0.9, Keep.RANDOM, BUCKETS)
+    job = DocumentJob("documents", rows, 0.5)
+    for bucket, part in enumerate(np.array_split(np.sort(row_hashes(names)), BUCKETS)):
+        gone = [part, part + np.uint64(1), np.full(len(part), 0.75, np.float32)]
+        path = fragment_path(REMOVAL, job.removal.fingerprint, f"removed-{bucket:05d}")
+        write_fragment(store, path, pa.table(gone, schema=REMOVED_SCHEMA))
+        linked = np.sort(HASHES[bucket::12][:5])
+        links = [linked, linked + np.uint64(2), np.full(5, 0.9, np.float32)]
+        write_fragment(
+            store,
+            fragment_path(DOCUMENT_PAIRS, "documents", f"links-{bucket:05d}"),
+            pa.table(links, schema=REMOVED_SCHEMA),
+        )
+    near = search_stays(replace(task, removals=(task.removals[1], job))).neighbours
+    went = np.isin([name.partition("#")[0] for name in NAMES], names)
+    assert near[1].ids.tolist() == _nearest(task, np.setdiff1d(np.arange(ROWS), GONE[1]))
+    assert near[2].ids.tolist() == _nearest(task, np.flatnonzero(~went))
+    counts = [count_gone(CountTask(task.root, "e", fragment, (job,))) for fragment in task.fragments]
+    assert sum(counts).tolist() == [[ROWS // 3, ROWS], [len(names), int(went.sum())]]
+    gone, kept = represented(RepresentedTask(job, np.sort(row_hashes(names[:4])), whole=True))
+    assert sorted(gone.tolist()) == sorted(row_hashes(names[:4]).tolist()) and np.array_equal(kept, gone + np.uint64(1))
+    gone, kept = represented(RepresentedTask(job, np.sort(HASHES)))
+    assert len(gone) == 10 and np.array_equal(kept, gone + np.uint64(2))

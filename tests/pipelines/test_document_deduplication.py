@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from penstock.cluster.session import Session
+from penstock.operators.identity import row_hashes
 from penstock.pipelines import Pipeline, open_index
 from penstock.pipelines.cli import app
 from penstock.pipelines.loading import PipelineFileInvalid
@@ -52,7 +54,7 @@ def passages_of(root: Path) -> dict[str, tuple[str, int]]:
     return {row["passage_id"]: (row["document_id"], row["tokens"]) for table in tables for row in table.to_pylist()}
 
 
-def expected(root: Path) -> tuple[set[str], dict[tuple[str, str], float]]:
+def expected(root: Path, similarity: float = SIMILARITY) -> tuple[set[str], dict[tuple[str, str], float]]:
     """The documents that stay by a choice one by one, the longest first, and the share of each that is in another."""
     passages, vectors = passages_of(root), {}
     for path in root.glob(f"stages/embeddings/{_encoded(root)}/*.parquet"):
@@ -64,14 +66,12 @@ def expected(root: Path) -> tuple[set[str], dict[tuple[str, str], float]]:
     unit = {key: np.array(row, np.float32) / np.linalg.norm(row) for key, row in vectors.items()}
     stacked = {name: np.stack([unit[key] for key in rows[name]]) for name in names}
     shares = {
-        (one, other): float(((stacked[one] @ stacked[other].T).max(axis=1) >= SIMILARITY).mean())
+        (one, other): float(((stacked[one] @ stacked[other].T).max(axis=1) >= similarity).mean())
         for one in names
         for other in names
         if one != other
     }
     tokens = {name: sum(passages[key][1] for key in rows[name]) for name in names}
-    from penstock.operators.identity import row_hashes
-
     stays: set[str] = set()
     for name in sorted(names, key=lambda name: (-tokens[name], int(row_hashes([name])[0]))):
         if not any(shares[name, other] >= SHARE for other in stays):
@@ -116,17 +116,59 @@ def test_passages_that_went_are_linked_to_similar_ones_of_one_document(made: Wor
     assert set(kept_for) == {document for document, _ in passages.values()} - stays
 
 
-@pytest.mark.slow
-def test_a_new_document_is_judged_with_all_others(made: Workspace, tmp_path: Path) -> None:
+def decisions(root: Path) -> tuple[set[str], dict[str, str]]:
+    """The documents that stay, and each that went with the one that it went for, by the newest decision."""
+    kept = max(root.glob("stages/kept/*/kept.json"), key=lambda path: path.stat().st_mtime_ns).parent
+    names = sorted({document for document, _ in passages_of(root).values()})
+    by_hash = dict(zip(row_hashes(names).tolist(), names, strict=True))
+    rows = [row for path in kept.glob("documents-*.parquet") for row in pq.read_table(path).to_pylist()]
+    goes = {by_hash[row["row_hash"]]: by_hash[row["kept_hash"]] for row in rows if row["kept_hash"] != row["row_hash"]}
+    return {by_hash[row["row_hash"]] for row in rows} - goes.keys(), goes
+
+
+def test_earlier_decisions_stand_and_what_a_deleted_document_stood_for_comes_back(
+    made: Workspace, tmp_path: Path
+) -> None:
     shutil.copytree(made.folder, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy", made.settings)
-    row = json.loads((workspace.corpus / "one.jsonl").read_text().splitlines()[5])
-    workspace.write("three.jsonl", [{**row, "id": "z0"}])
-    workspace.pipeline(deduplicate={**RULE, "keep": "first"}).run()
-    record = record_of(workspace.root)
-    assert record["carried"]["open"] == record["rows"] and record["earlier"] is None
-    documents = {passages_of(workspace.root)[key][0] for key in workspace.published()}
-    assert "z0" not in documents and row["id"] in documents
+    stays, goes = decisions(workspace.root)
+    before, passages = record_of(workspace.root), passages_of(workspace.root)
+    deleted = next(kept for gone, kept in sorted(goes.items()) if gone[0] in "ab" and kept[0] in "ab")
+    rows = [json.loads(line) for path in sorted(workspace.corpus.glob("*")) for line in path.read_text().splitlines()]
+    longer = {**next(row for row in rows if row["id"] == "a6"), "id": "z0"}
+    longer["text"] = f"A word before it.\n\n{longer['text']}"  # which would come first
+    workspace.write("three.jsonl", [longer, {"id": "z1", "text": "An elephant never forgets a face.", "topic": "z"}])
+    for name in ("one.jsonl", "two.jsonl"):
+        lines = (workspace.corpus / name).read_text().splitlines()
+        workspace.write(name, [row for row in map(json.loads, lines) if row["id"] != deleted])
+    workspace.pipeline(deduplicate=RULE).run()
+    now, went = decisions(workspace.root)
+    assert now == stays - {deleted} | {"z1", *(gone for gone, kept in goes.items() if kept == deleted)}
+    assert went == {gone: kept for gone, kept in goes.items() if kept != deleted} | {"z0": "a6"}
+    assert {document_of(name) for name in workspace.published()} == now
+    record, counts = (
+        record_of(workspace.root),
+        Counter(document for document, _ in passages_of(workspace.root).values()),
+    )
+    open_ = {"z0", "z1", *(gone for gone, kept in goes.items() if kept == deleted)}
+    assert record["carried_documents"] == {"standing": len(stays) - 1, "gone": len(went) - 1, "open": len(open_)}
+    standing = sum(counts[name] for name in stays - {deleted})
+    new = sum(counts[name] for name in open_)
+    assert record["carried"]["standing"] == standing and record["carried"]["open"] == new
+    assert record["comparisons"] == (new - record["equal_rows"]) * standing + _pairs(new - record["equal_rows"])
+    assert before["comparisons"] == _pairs(len(passages) - before["equal_rows"]) and before["carried_documents"] is None
+    assert record["removed_documents"] == len(went) and record["removed"] == sum(counts[name] for name in went)
+    assert workspace.pipeline(deduplicate=RULE).plan().up_to_date
+    max(workspace.root.glob("stages/kept/*/documents-*"), key=lambda path: path.stat().st_mtime_ns).unlink()
+    assert not workspace.pipeline(deduplicate=RULE).plan().up_to_date  # which the next decision would need
+
+
+def document_of(passage: str) -> str:
+    return passage.rpartition("#")[0]
+
+
+def _pairs(rows: int) -> int:
+    return rows * (rows - 1) // 2
 
 
 @pytest.mark.parametrize(
@@ -143,6 +185,47 @@ def test_what_cannot_be_is_refused(made: Workspace, rule: dict[str, Any], messag
     assert message in str(refused.value)
 
 
-def test_there_is_no_curve_of_documents(made: Workspace) -> None:
-    refused = CliRunner().invoke(app, ["dedup-curve", str(made.file(deduplicate=RULE))])
-    assert isinstance(refused.exception, PipelineFileInvalid) and "(document) must be passage" in str(refused.exception)
+@pytest.mark.parametrize("judged", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_curve_of_documents_is_what_runs_remove(made: Workspace, tmp_path: Path, judged: bool) -> None:
+    shutil.copytree(made.folder, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy", made.settings)
+    stays, goes = decisions(workspace.root)
+    texts = {
+        row["id"]: row["text"]
+        for path in workspace.corpus.glob("*")
+        for row in map(json.loads, path.read_text().splitlines())
+    }
+    queries, relevance = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    asked = sorted(goes)
+    lines = [json.dumps({"id": f"q{name}", "text": texts[name].split("\n\n")[0]}) for name in asked]
+    queries.write_text("\n".join(lines))
+    relevance.write_text("".join(f"q{name}\t{name}\t1\n" for name in asked))
+    evaluate = {"queries": str(queries), "k": 3} | ({"relevance": str(relevance)} if judged else {})
+    drawn, page = tmp_path / "curve.svg", tmp_path / "pairs.html"
+    path = workspace.file(deduplicate=RULE, evaluate=evaluate)
+    done = CliRunner().invoke(app, ["dedup-curve", str(path), "--plot", str(drawn), "--page", str(page), "--json"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    points = {point["similarity"]: point for point in record["points"]}
+    rows, here = passages_of(workspace.root), points[SIMILARITY]
+    assert record["level"] == "document" and record["rows"] == len(rows)
+    assert record["documents"] == len(stays) + len(goes) and here["removed_documents"] == len(goes)
+    assert here["removed"] == sum(document in goes for document, _ in rows.values())
+    assert here["share"] == round(here["removed"] / len(rows), 6)
+    assert here["share_of_documents"] == round(len(goes) / record["documents"], 6)
+    assert here["saved_bytes"] == here["removed"] * 384 * 2
+    for similarity in (0.85, 0.97):
+        left = expected(workspace.root, similarity)[0]
+        assert points[similarity]["removed_documents"] == record["documents"] - len(left)
+    quality = record["quality"]
+    assert quality["queries"] == len(asked) and quality["relevant"] == ("judged" if judged else "nearest")
+    if judged:  # none of them is left to be found, and for each its document is
+        assert here["recall"] == 0.0 < here["recall_represented"] and here["ndcg"] == 0.0 < here["ndcg_represented"]
+        assert here["recall_represented"] == pytest.approx(quality["before"]["recall"], abs=0.15)
+    else:
+        assert here["recall"] < here["recall_represented"] <= 1.0 == quality["before"]["recall"]
+    text = drawn.read_text()
+    assert text.count("<polyline") == (6 if judged else 4) and f"{len(goes)} of {record['documents']} documents" in text
+    assert "documents removed" in page.read_text() and "by which documents go whole" in page.read_text()
+    shown = CliRunner().invoke(app, ["dedup-curve", str(path)])
+    assert "Documents go whole" in shown.stdout and f"{here['share_of_documents']:.2%}" in shown.stdout
