@@ -70,7 +70,7 @@ from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.model_identity import is_same_model, model_identity
 from penstock.pipelines.records import read_json
-from penstock.pipelines.shared_centroids import Clustering, index_clustering
+from penstock.pipelines.shared_centroids import Clustering, index_clustering, most_stay
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
@@ -708,9 +708,9 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
 
 
 def _shared_centroids(resolved: Resolved, embedded: Embedded) -> str | None:
-    """The centroids of deduplication, where it clustered as the index would."""
+    """The centroids of deduplication, where it clustered as the index would and took out little."""
     plan, encoded = embedded.deduplicated, embedded.encoded
-    if plan is None or encoded is None or plan.clustering is None:
+    if plan is None or encoded is None or plan.clustering is None or not most_stay(encoded.rows, embedded.rows):
         return None
     wanted = index_clustering(resolved.pipeline.index, encoded.rows)
     return plan.centroids_of(plan.clustering) if plan.clustering == wanted else None

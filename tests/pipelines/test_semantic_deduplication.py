@@ -389,6 +389,7 @@ def test_the_index_has_the_centroids_that_deduplication_found(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("penstock.pipelines.shared_centroids.FEWEST_ROWS_PER_SHARED_CELL", 5)
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.MOST_REMOVED_SHARE", 0.9)
     store, catalog = open_store(str(workspace.root)), Catalog(open_store(str(workspace.root)), "test")
 
     def stages(**index: Any) -> dict[str, str]:  # noqa: ANN401
@@ -415,6 +416,9 @@ def test_the_index_has_the_centroids_that_deduplication_found(
     assert coded["centroids"] == first["centroids"] and coded["training"] != first["training"]
     other = stages(nlist=5)
     assert "centroids" not in other and other["kept"] == first["kept"]
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.MOST_REMOVED_SHARE", 0.01)
+    assert "centroids" not in stages()
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.MOST_REMOVED_SHARE", 0.9)
     assert {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")} == joined
     workspace.write("more.jsonl", [{"id": "more", "text": "A new text about a new thing.", "topic": "x"}])
     later = stages()
