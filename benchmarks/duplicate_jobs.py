@@ -52,7 +52,8 @@ from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.independent_set import Keep
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join, unit_rows
-from penstock.pipelines.deduplicating import JOIN_MEMORY_BYTES, MOST_CELLS, RECALL_QUERIES, ROWS_PER_CELL
+from penstock.pipelines.deduplicating import JOIN_MEMORY_BYTES, RECALL_QUERIES
+from penstock.pipelines.shared_centroids import MOST_CELLS, ROWS_PER_CELL
 
 FRAGMENT_ROWS = 50_000
 SEED = 5

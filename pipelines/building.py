@@ -37,6 +37,7 @@ from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.planning import (
     Chain,
     Resolved,
+    centroids_job,
     finished_fragments,
     finished_shards,
     part_of_corpus,
@@ -107,8 +108,12 @@ class Building:
         self.entries.append(vectors_read(TRAINING, rows, started, self.resolved))
 
     def _centroids(self) -> str | None:
-        """Centroids of k-means over all vectors, or in two levels where they are many; None where training finds them
-        by itself."""
+        """Centroids of deduplication, or of k-means over all vectors, or in two levels where they are many; None where
+        training finds them by itself."""
+        shared = self._shared_job()
+        if shared is not None:
+            fit_centroids(self.session, shared)  # which is done, unless clean-up took them
+            return shared.fingerprint
         iterations, cells = self.resolved.pipeline.index.iterations, nlist_of(self.chain.spec)
         if not cells or (iterations == 0 and cells < TWO_LEVEL_CENTROIDS):
             return None
@@ -133,6 +138,13 @@ class Building:
         with self.reporter.stage(CENTROIDS, iterations + 1, "iterations") as advance:
             fit_centroids(self.session, job, lambda one: advance(1, f"{one.rows:,} vectors"))
         return job.fingerprint
+
+    def _shared_job(self) -> ClusteringJob | None:
+        """What finds the centroids of deduplication, where the index takes these."""
+        plan, encoded = self.chain.deduplicated, self.chain.encoded
+        if self.chain.shared_centroids is None or plan is None or encoded is None or plan.clustering is None:
+            return None
+        return centroids_job(self.store.url, plan, encoded, plan.clustering, self.resolved.encoder.dimension)
 
     def build_shards(self, vectors: int) -> list[ShardRecord]:
         """Build the shards that are missing; `vectors` is how many rows there are for the ledger to count."""

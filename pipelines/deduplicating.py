@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from penstock.cluster.fragments import Receipt
-from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
+from penstock.cluster.jobs.clustering import fit_centroids
 from penstock.cluster.jobs.document_pairs import DocumentJob, IncidencesTask, count_incidences, remove_documents
 from penstock.cluster.jobs.document_standing import DocumentCarry, carry_documents, standing_documents
 from penstock.cluster.jobs.groups import are_grouped, group_rows
@@ -36,9 +36,7 @@ from penstock.cluster.jobs.standing import Carried, StandingJob, carry_decisions
 from penstock.cluster.layout import CENTROIDS, DOCUMENT_PAIRS, KEPT, PAIRS, PASSAGES, REMOVAL, STANDING, stage_folder
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
-from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.identity import fingerprint
-from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join
 from penstock.pipelines.config import Level
 from penstock.pipelines.curve_points import count_documents, document_points, passage_points
@@ -49,6 +47,7 @@ from penstock.pipelines.planning import (
     Deduplicated,
     Embedded,
     Resolved,
+    centroids_job,
     deduplicated_of,
     deduplication_of,
     pair_recall_path,
@@ -56,9 +55,8 @@ from penstock.pipelines.planning import (
 )
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.records import read_json, write_json
+from penstock.pipelines.shared_centroids import Clustering, join_clustering
 
-ROWS_PER_CELL = 500
-MOST_CELLS = 4_096  # the planes between them take 8 bytes for each two
 JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies of one part
 RECALL_QUERIES = 300
 HISTOGRAM_BINS = 20
@@ -109,7 +107,7 @@ class Deduplicating:
         Memory: as `run`; each threshold decides in buckets.
         """
         plan = Deduplicated.of(self.resolved, self.embedded)
-        job, factor = self._join_job(plan, self.embedded.rows)
+        job, factor, _ = self._join_job(plan, self.embedded.rows)
         self._warn_of(plan, job.join, factor)
         records = self._pairs(job)
         rows = sum(record.rows for record in records)
@@ -189,7 +187,7 @@ class Deduplicating:
 
     def _deduplicate(self, plan: Deduplicated) -> None:
         carried, whole = self._carry(plan)
-        job, factor = self._join_job(plan, carried.standing + carried.open)
+        job, factor, clustering = self._join_job(plan, carried.standing + carried.open)
         self._warn_of(plan, job.join, factor)
         records = self._pairs(job) if carried.open else []
         recall = self._pair_recall(plan, job, records, carried.open)
@@ -203,6 +201,7 @@ class Deduplicating:
             "earlier": plan.earlier,
             "encoded": self.embedded.embeddings,
             "asked": plan.join.value,
+            "centroids": None if clustering is None else clustering.to_json(),
             "similarity": plan.similarity,
             "carried": asdict(carried),
             "carried_documents": None if whole is None else asdict(whole),
@@ -294,26 +293,34 @@ class Deduplicating:
             write_json(self.store, path, found)
         return found
 
-    def _join_job(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float]:
-        """The join to do of the rows that take part, and how many rows it is to store for each: decided once, as pairs
-        are kept by it."""
+    def _join_job(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float, Clustering | None]:
+        """The join to do of the rows that take part, how many rows it is to store for each, and by which cells: decided
+        once, as pairs are kept by it."""
         path = f"{stage_folder(PAIRS, plan.pairs)}/join.json"
         record = read_json(self.store, path)
         if record is None:
-            job, factor = self._decided_join(plan, rows)
-            record = {"join": job.join.value, "part_of_cell": job.part_of_cell, "predicted_factor": factor}
+            job, factor, clustering = self._decided_join(plan, rows)
+            record = {
+                "join": job.join.value,
+                "part_of_cell": job.part_of_cell,
+                "predicted_factor": factor,
+                "centroids": None if clustering is None else clustering.to_json(),
+            }
             write_json(self.store, path, record)
-            return job, factor
-        job = self._whole_join(plan, Join(record["join"]), tuple(record["part_of_cell"]))
-        return job, float(record["predicted_factor"])
+            return job, factor, clustering
+        clustering = Clustering.from_json(record["centroids"])
+        job = self._whole_join(plan, Join(record["join"]), tuple(record["part_of_cell"]), clustering)
+        return job, float(record["predicted_factor"]), clustering
 
-    def _whole_join(self, plan: Deduplicated, join: Join, part_of_cell: tuple[int, ...]) -> JoinJob:
+    def _whole_join(
+        self, plan: Deduplicated, join: Join, part_of_cell: tuple[int, ...], clustering: Clustering | None
+    ) -> JoinJob:
         embedded = self.embedded
         return JoinJob(
             self.store.url,
             plan.pairs,
             embedded.embeddings_fingerprint,
-            plan.centroids,
+            plan.centroids if clustering is None else plan.centroids_of(clustering),
             tuple(sorted(embedded.embeddings.values())),
             part_of_cell,
             join,
@@ -327,21 +334,23 @@ class Deduplicating:
         asked = self.resolved.pipeline.embedding.workers.gpus
         return asked if asked and self.session.resources().get("GPU", 0) >= asked else 0.0
 
-    def _decided_join(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float]:
+    def _decided_join(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float, Clustering | None]:
         """A join of so many rows whose parts fit into memory."""
         dimension = self.resolved.encoder.dimension
         stored = 1 + GRAPH_COPIES if plan.join is Join.GRAPH else 1
         parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, stored)
         if parts == 1 and plan.join is not Join.CLUSTER:
-            return self._whole_join(plan, plan.join, (0,)), float(stored)
-        self._centroids(plan, self.embedded.rows, parts)
-        job = self._shared(self._whole_join(plan, plan.join, (0,)), self.embedded.rows, parts)
+            return self._whole_join(plan, plan.join, (0,), None), float(stored), None
+        clustering = join_clustering(self.resolved.pipeline.index, self.embedded.rows, parts)
+        self._centroids(plan, clustering)
+        job = self._whole_join(plan, plan.join, (0,) * clustering.cells, clustering)
+        job = self._shared(job, self.embedded.rows, parts)
         if parts == 1 or plan.join is not Join.EXACT:
-            return job, float(stored)
+            return job, float(stored), clustering
         factor = self.session.run(predict_factor, FactorTask(job, self.embedded.rows, plan.seed))
         join = affordable(plan.join, factor)
         parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
-        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor
+        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor, clustering
 
     def _warn_of(self, plan: Deduplicated, join: Join, factor: float) -> None:
         """Tells that another join than the one asked for found the pairs."""
@@ -352,22 +361,17 @@ class Deduplicating:
             )
 
     def _shared(self, job: JoinJob, rows: int, parts: int) -> JoinJob:
+        """With cells shared out to so many parts."""
         if parts == 1:
-            return replace(job, part_of_cell=(0,) * _cells(rows, 1))
+            return job
         return replace(job, part_of_cell=self.session.run(share_parts, PartsTask(job, rows, parts)))
 
-    def _centroids(self, plan: Deduplicated, rows: int, parts: int) -> None:
-        cells, fragments = _cells(rows, parts), tuple(sorted(self.embedded.embeddings.values()))
-        spec = ClusteringSpec(
-            cells,
-            self.resolved.encoder.dimension,
-            spherical=True,
-            training_rows=max(cells, min(rows, TRAINING_ROWS_PER_CENTROID * cells)),
-            seed=plan.seed,
-        )
-        job = ClusteringJob(self.store.url, plan.centroids, self.embedded.embeddings_fingerprint, fragments, rows, spec)
+    def _centroids(self, plan: Deduplicated, clustering: Clustering) -> None:
+        job = centroids_job(self.store.url, plan, self.embedded, clustering, self.resolved.encoder.dimension)
         with self.reporter.stage(CENTROIDS, 1, "sample") as advance:
-            fit_centroids(self.session, job, lambda one: advance(1, f"{cells:,} cells of {one.rows:,} vectors"))
+            fit_centroids(
+                self.session, job, lambda one: advance(1, f"{clustering.cells:,} cells of {one.rows:,} vectors")
+            )
 
     def _removal(self, plan: Deduplicated, records: list[PartRecord]) -> RemovalJob:
         embedded, deduplicate = self.embedded, self.resolved.pipeline.deduplicate
@@ -447,10 +451,6 @@ class Deduplicating:
                 receipts[names[work.receipt.fragment]] = work.receipt
                 advance(1, f"{sum(receipt.rows_out for receipt in receipts.values()):,} vectors stay")
         return receipts
-
-
-def _cells(rows: int, parts: int) -> int:
-    return max(1, min(rows, MOST_CELLS, max(8 * parts if parts > 1 else 1, rows // ROWS_PER_CELL)))
 
 
 def _kind(documents: DocumentJob | None) -> str:

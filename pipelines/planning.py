@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from penstock.cluster.catalog import Catalog, Reason
 from penstock.cluster.fragments import read_fragment
+from penstock.cluster.jobs.clustering import ClusteringJob
 from penstock.cluster.jobs.selection import OPERATOR_VERSION as SELECTION_VERSION
 from penstock.cluster.jobs.shards import ShardRecord, shard_record_path
 from penstock.cluster.jobs.training import training_record_path
@@ -69,12 +70,13 @@ from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.model_identity import is_same_model, model_identity
 from penstock.pipelines.records import read_json
+from penstock.pipelines.shared_centroids import Clustering, index_clustering, most_stay
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
 TRANSFORMS_VERSION = 1
 TRAINING_VERSION = 2
-KEPT_VERSION = 3
+KEPT_VERSION = 4
 ENCODED = "encoded"  # in a lineage: the embeddings that deduplication by meaning read
 SHARDS_VERSION = 1
 EVALUATION_VERSION = 2
@@ -339,7 +341,11 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """The identities of deduplication by meaning: centroids, pairs, what goes, and the embeddings that stay."""
+    """The identities of deduplication by meaning: centroids, pairs, what goes, and the embeddings that stay.
+
+    Pairs are kept whatever the cells they were found by: these are decided with the first join. `clustering` says which
+    they were, once there is a decision, and None where there were none.
+    """
 
     centroids: str
     pairs: str
@@ -351,6 +357,7 @@ class Deduplicated:
     seed: int
     rule: str
     earlier: str | None = None
+    clustering: Clustering | None = None
 
     @classmethod
     def of(cls, resolved: Resolved, embedded: Embedded, earlier: str | None = None) -> "Deduplicated":
@@ -367,6 +374,10 @@ class Deduplicated:
         kept = fingerprint(stage=KEPT, similarity=asked.similarity, **rule)
         found = centroids, pairs, rule, kept, asked.join, asked.least, asked.similarity, asked.seed
         return cls(*found, rule=_rule(resolved), earlier=earlier)
+
+    def centroids_of(self, clustering: Clustering) -> str:
+        """The centroids of a k-means."""
+        return fingerprint(stage=CENTROIDS, of=self.centroids, **clustering.to_json())
 
     @property
     def standing(self) -> str | None:
@@ -385,6 +396,20 @@ class Deduplicated:
     def fragment(self, embeddings: str) -> str:
         """The fragment of what stays of an embeddings fragment."""
         return fragment_of(self.kept, embeddings)
+
+
+def centroids_job(
+    root: str, plan: Deduplicated, encoded: Embedded, clustering: Clustering, dimension: int
+) -> ClusteringJob:
+    """What finds the centroids that deduplication of some embeddings joins by."""
+    return ClusteringJob(
+        root,
+        plan.centroids_of(clustering),
+        encoded.embeddings_fingerprint,
+        tuple(sorted(encoded.embeddings.values())),
+        encoded.rows,
+        clustering.spec(dimension, plan.seed),
+    )
 
 
 def pair_recall_path(pairs: str) -> str:
@@ -414,6 +439,7 @@ class Chain(Embedded):
 
     spec: IndexSpec
     transforms_fingerprint: str | None
+    shared_centroids: str | None
     training_fingerprint: str
     shards_fingerprint: str
     evaluation_fingerprint: str
@@ -429,6 +455,7 @@ class Chain(Embedded):
             SHARDS: self.shards_fingerprint,
             EVALUATION: self.evaluation_fingerprint,
             **({} if self.transforms_fingerprint is None else {TRANSFORMS: self.transforms_fingerprint}),
+            **({} if self.shared_centroids is None else {CENTROIDS: self.shared_centroids}),
             **self._deduplication(),
         }
 
@@ -633,6 +660,7 @@ def deduplicated_of(resolved: Resolved, embedded: Embedded, store: Store) -> Emb
     if found is None:
         return None
     names = {passages: plan.fragment(name) for passages, name in embedded.embeddings.items() if found.rows[passages]}
+    plan = replace(plan, clustering=Clustering.from_json(found.record["centroids"]))
     return Embedded(embedded.facts, plan.kept, names, sum(found.rows.values()), embedded, plan)
 
 
@@ -641,6 +669,7 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
     spec = index_spec(resolved, embedded.rows)
     members = fingerprint_set(list(embedded.embeddings.values()))
     transforms = _transforms_fingerprint(resolved, members)
+    shared = _shared_centroids(resolved, embedded)
     training = fingerprint(
         stage=TRAINING,
         embeddings=members,
@@ -648,6 +677,7 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
         factory=spec.factory,
         built_with=spec.ef_construction,
         **resolved.parameters[TRAINING],
+        **({} if shared is None else {"centroids": shared}),
     )
     part = part_of_corpus(resolved, embedded.facts)
     shards = fingerprint(
@@ -668,11 +698,21 @@ def make_chain(resolved: Resolved, embedded: Embedded) -> Chain:
         **vars(embedded),
         spec=spec,
         transforms_fingerprint=transforms,
+        shared_centroids=shared,
         training_fingerprint=training,
         shards_fingerprint=shards,
         evaluation_fingerprint=evaluation,
         version=version,
     )
+
+
+def _shared_centroids(resolved: Resolved, embedded: Embedded) -> str | None:
+    """The centroids of deduplication, where it clustered as the index would and took out little."""
+    plan, encoded = embedded.deduplicated, embedded.encoded
+    if plan is None or encoded is None or plan.clustering is None or not most_stay(encoded.rows, embedded.rows):
+        return None
+    wanted = index_clustering(resolved.pipeline.index, encoded.rows)
+    return plan.centroids_of(plan.clustering) if plan.clustering == wanted else None
 
 
 def _transforms_fingerprint(resolved: Resolved, members: str) -> str | None:

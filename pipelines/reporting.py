@@ -244,7 +244,7 @@ def _figures(report: Report) -> RenderableType:
         (
             "index",
             f"{how_built(report.manifest)['factory']}, {len(report.manifest['shards'])} shards, "
-            f"{report.index_bytes:,} bytes",
+            f"{report.index_bytes:,} bytes{', centroids of deduplication' if report.shares_centroids else ''}",
         ),
         ("index bytes per vector", f"{report.manifest['bytes_per_vector']:,.1f}"),
         (

@@ -26,6 +26,7 @@ from penstock.cluster.jobs.selection import (
 )
 from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.layout import (
+    CENTROIDS,
     EMBEDDINGS,
     EVALUATION,
     KEPT,
@@ -110,6 +111,11 @@ class Report:
     agreement: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
 
+    @property
+    def shares_centroids(self) -> bool:
+        """Whether the index has the centroids that deduplication found."""
+        return CENTROIDS in self.manifest["lineage"]["stages"]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "run_id": self.run_id,
@@ -125,6 +131,7 @@ class Report:
             "bytes_per_vector": self.manifest["bytes_per_vector"],
             "evaluation": self.manifest["evaluation"],
             "index_bytes": self.index_bytes,
+            "shared_centroids": self.shares_centroids,
             "seconds": round(self.seconds, 3),
             "notes": list(self.notes),
             "encoder": self.encoder,
@@ -336,7 +343,7 @@ class Run:
         self._record["parameters"] = self.resolved.parameters
         chain = make_chain(self.resolved, embedded)
         for stage, stage_fingerprint in chain.stages(self.resolved).items():
-            kept = stage in (PAIRS, REMOVAL) or (stage == EMBEDDINGS and chain.encoded is not None)
+            kept = stage in (CENTROIDS, PAIRS, REMOVAL) or (stage == EMBEDDINGS and chain.encoded is not None)
             if stage != ENCODED:  # which has its record since its first fragment
                 self._write_stage_record(stage, stage_fingerprint, of=KEPT if kept else stage)
         building = Building(self._session, self._store, self._reporter, self.resolved, chain)

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,11 +16,14 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from penstock.cluster.catalog import Catalog
+from penstock.cluster.jobs.clustering import read_centroids
 from penstock.cluster.jobs.evaluation import QueriesInvalid
+from penstock.cluster.jobs.training import read_trained
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.identity import row_hashes
 from penstock.operators.models import resolve_model
+from penstock.operators.routing import index_centroids
 from penstock.pipelines import Pipeline, open_index
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.cli import app
@@ -379,6 +383,46 @@ def test_every_run_says_that_another_join_took_the_place_of_the_one_asked_for(
         assert "an exact join would store" in told
     reporter = Warned()
     assert pipeline.dedup_curve(reporter)["join"] == "graph" and len(reporter.warnings) == 1
+
+
+def test_the_index_has_the_centroids_that_deduplication_found(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.FEWEST_ROWS_PER_SHARED_CELL", 5)
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.MOST_REMOVED_SHARE", 0.9)
+    store, catalog = open_store(str(workspace.root)), Catalog(open_store(str(workspace.root)), "test")
+
+    def stages(**index: Any) -> dict[str, str]:  # noqa: ANN401
+        rule = {**RULE, "join": "cluster"}
+        asked = {"family": "ivf", "codec": "sq8", "nlist": 6, "recall": 0.5, **index}
+        pipeline = workspace.pipeline(deduplicate=rule, index=asked, gate={"recall": 0.5})
+        report = pipeline.run()
+        assert report is not None and pipeline.plan().version == report.version
+        found: dict[str, str] = catalog.manifest(report.version)["lineage"]["stages"]
+        trained = faiss.deserialize_index(np.frombuffer(read_trained(store, found["training"]), np.uint8))
+        shared = report.to_json()["shared_centroids"]
+        assert shared == ("centroids" in found)
+        assert not shared or np.array_equal(index_centroids(trained), read_centroids(store, found["centroids"]))
+        return found
+
+    first = stages()
+    assert json.loads((workspace.root / f"stages/kept/{first['kept']}/kept.json").read_text())["centroids"] == {
+        "cells": 6,
+        "training_rows": len(encoded(workspace.root)),
+    }
+    joined = {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")}
+    shutil.rmtree(workspace.root / "stages/centroids" / first["centroids"])  # which are found again
+    coded = stages(codec="none")
+    assert coded["centroids"] == first["centroids"] and coded["training"] != first["training"]
+    other = stages(nlist=5)
+    assert "centroids" not in other and other["kept"] == first["kept"]
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.MOST_REMOVED_SHARE", 0.01)
+    assert "centroids" not in stages()
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.MOST_REMOVED_SHARE", 0.9)
+    assert {path: path.stat().st_mtime_ns for path in workspace.root.glob("stages/pairs/*/*")} == joined
+    workspace.write("more.jsonl", [{"id": "more", "text": "A new text about a new thing.", "topic": "x"}])
+    later = stages()
+    assert later["centroids"] != first["centroids"] and later["training"] != first["training"]
 
 
 @pytest.mark.slow
