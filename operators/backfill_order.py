@@ -13,8 +13,8 @@ from penstock.operators.confidence import mean_interval
 from penstock.operators.space_health import HUB_OCCURRENCES, K
 
 # Of the rows of a fragment that go before its others. The mean nDCG over a backfill of 10 or 40 fragments, by a skewed
-# log, is above that of random order by 0.00 (-0.06 to 0.10) without slices, by 0.03 with a tenth, by 0.06 with a fifth or
-# three tenths, and by 0.05 in the order of single documents: means of 8 pairs of models and corpora.
+# log, is above that of random order by 0.00 (-0.06 to 0.10) without slices, by 0.03 with a tenth, by 0.06 with a fifth
+# or three tenths, and by 0.05 in the order of single documents: means of 8 pairs of models and corpora.
 SLICE_SHARE = 0.2
 
 
