@@ -1,7 +1,7 @@
 """What a backfill embeds at once, in order: slices of fragments with their most wanted documents, and fragments."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -106,7 +106,12 @@ def in_order(priorities: Sequence[UnitPriority], facts: Mapping[str, FragmentFac
 def embedded_first(units: Sequence[BackfillUnit], done: frozenset[str]) -> list[BackfillUnit]:
     """The units with those in front of which the passages fragments are embedded already; without slices of fragments
     that are embedded as a whole."""
-    left = [unit for unit in units if not (unit.is_slice and unit.of in done and unit.facts.passages not in done)]
+    useless = {unit.of for unit in units if unit.is_slice and unit.of in done and unit.facts.passages not in done}
+    left = [
+        replace(unit, rows=unit.facts.kept) if unit.of in useless else unit
+        for unit in units
+        if not (unit.is_slice and unit.of in useless)
+    ]
     return sorted(left, key=lambda unit: unit.facts.passages not in done)
 
 

@@ -212,7 +212,7 @@ class Backfill:
         """One step: embed, build, publish, measure, and point the alias to it if answers are no worse."""
         started = time.monotonic()
         number = len(self.store.names(f"{self.folder}/steps"))
-        encoded = self._embed(fragments)
+        encoded = self._embed(fragments) if fragments else 0
         part = self._build(fragments) if fragments else None
         run_id = new_run_id(f"{self.new.pipeline.name}-backfill")
         with self.lease(run_id) as lease:
@@ -271,7 +271,7 @@ class Backfill:
 
     def _rows(self, fragments: Sequence[str] | None) -> int:
         wanted = None if fragments is None else set(fragments)
-        known = self.facts if wanted is None else self._known_facts
+        known = self._known_facts if fragments else self.facts
         return sum(fact.kept for fact in known if wanted is None or fact.passages in wanted)
 
     def _share(self, fragments: Sequence[str]) -> float:

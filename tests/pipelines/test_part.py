@@ -69,7 +69,7 @@ def part_version(session: Session, workspace: Workspace, names: str, asked: str 
         table = read_fragment(store, fragment_path(PASSAGES, stage, fact.passages), ["document_id"])
         if set(table.column("document_id").to_pylist()) & set(names):
             wanted.add(fact.passages)
-    assert 0 < len(wanted) < len(facts)
+    assert 0 < len(wanted) < len(facts) + len(slices)
     plan, part = replace(plan, resolved=resolved), Part(frozenset(wanted), "upgrades/test/x", slices)
     return execute(plan, pipeline.origin, store, session, SilentReporter(), part)
 
@@ -89,13 +89,13 @@ def texts_of(workspace: Workspace, names: str) -> set[str]:
         ("abcd", "ac", "", "abcd"),  # what represents b's passages is embedded, and b is not
         ("abcd", "bd", "", "abcd"),  # b is embedded, and what represents some of its passages is not
         ("bcd", "bd", "", "bcd"),  # and nothing in the old version has their text but b itself
-        ("abcd", "a", "a", "abcd"),  # a alone is embedded, as a slice: it represents b's passages, and b is not
+        ("abcd", "a", "a", "abcd"),  # a alone, a slice of the only fragment, is embedded: it represents b's passages
     ],
 )
 def test_no_passage_vanishes_while_its_text_is_in_another_fragment(
     ray_session: Session, tmp_path: Path, before: str, part: str, asked: str, answered: str
 ) -> None:
-    workspace = Workspace(tmp_path, dict(SETTINGS))
+    workspace = Workspace(tmp_path, SETTINGS | ({"documents__fragment_bytes": 65_536} if asked else {}))
     for file, names in enumerate(("ac", "bd")):
         write(workspace, file, "".join(name for name in names if name in before))
     old = old_version(workspace)
