@@ -1,5 +1,6 @@
 """An index moves from one real model to another while it is searched, and through crashes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.pipelines import open_index
 from penstock.pipelines.mixed_format import is_mixed
+from penstock.pipelines.upgrade_views import upgrade_view
 from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
 
 from .conftest import MODEL, Document, Workspace, published_vectors
@@ -115,6 +118,9 @@ def check_order(root: Path, record: dict[str, Any]) -> None:
     assert len(set(rests)) == len(rests) and set(sliced) <= set(rests) and len(sliced) > 1
     places = {(one["fragment"], one["slice"] is None): place for place, one in enumerate(order)}
     assert all(places[name, False] < places[name, True] for name in sliced)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(upgrade_view(record))
+    assert f"passages ordered by: traffic {record['flip']['rows']}" in console.export_text()
     missed = [one["residual"] for one in order if one["residual"] is not None]
     assert all(0 < residual < 2 for residual in missed)
     assert bool(missed) == record["bridge"]["bridges"]["directions"]["documents_to_new"]["stored"]
