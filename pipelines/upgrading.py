@@ -135,7 +135,7 @@ class Upgrading:
         }
         resolved = self.prepared[0]
         kept = [[stage, resolved.stage_fingerprint(stage)] for stage in (PASSAGES, EMBEDDINGS)]
-        write_json(self.store, f"{self.folder}/upgrade.json", record | {"keep": kept})
+        self._note(record | {"keep": kept})
         steps: dict[UpgradeStep, Callable[[], Any]] = {
             UpgradeStep.PLAN: self.forecast,
             UpgradeStep.CANARY: self.canary,
@@ -188,11 +188,14 @@ class Upgrading:
 
     def backfill(self) -> dict[str, Any]:
         """Embed, and publish on the way."""
-        steps = [_without_queries(step) for step in self._backfill.run()]
         order = [unit.shown() for unit in self._backfill.units]
+        self._note({"order": order})
+        return {"steps": [_without_queries(step) for step in self._backfill.run()], "order": order}
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        """Add to the record of the upgrade."""
         path = f"{self.folder}/upgrade.json"
-        write_json(self.store, path, {**(read_json(self.store, path) or {}), "order": order})
-        return {"steps": steps, "order": order}
+        write_json(self.store, path, {**(read_json(self.store, path) or {}), **facts})
 
     @cached_property
     def _taken(self) -> TakenSample:
