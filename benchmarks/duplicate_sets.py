@@ -34,7 +34,7 @@ import torch
 from penstock.operators.encoder_worker import EncoderWorker
 from penstock.operators.encoding import Precision, encoder_for
 from penstock.operators.identity import row_hashes
-from penstock.operators.independent_set import independent_set, neighbours_of, ranks
+from penstock.operators.independent_set import STAYS, UNDECIDED, Neighbours, ranks, settle
 from penstock.operators.models import read_model_card, resolve_model
 from penstock.operators.similar_pairs import Pairs, similar_pairs, unit_rows
 
@@ -68,7 +68,11 @@ def encoded(name: str, texts: list[str], cache: Path) -> np.ndarray:
 def removed(pairs: Pairs, ids: list[str], texts: list[str]) -> np.ndarray:
     """Which texts go, bool (n,): of similar ones the longest stays."""
     rank = ranks(np.array([len(text) for text in texts]), row_hashes(ids), descending=True)
-    return ~independent_set(neighbours_of(pairs.left, pairs.right, pairs.similarity, rank), rank)
+    swapped = rank[pairs.left] < rank[pairs.right]
+    later, earlier = (np.where(swapped, *sides) for sides in ((pairs.right, pairs.left), (pairs.left, pairs.right)))
+    states = np.full(len(rank), UNDECIDED, np.uint8)
+    settle(Neighbours(later, earlier, pairs.similarity), rank, states, np.ones(len(rank), bool))
+    return states != STAYS
 
 
 def articles(folder: Path, cache: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,11 @@ import numpy as np
 from penstock.operators.confidence import mean_interval
 from penstock.operators.space_health import HUB_OCCURRENCES, K
 
+# Of the rows of a fragment that go before its others. The mean nDCG over a backfill of 10 or 40 fragments, by a skewed
+# log, is above that of random order by 0.00 (-0.06 to 0.10) without slices, by 0.03 with a tenth, by 0.06 with a fifth
+# or three tenths, and by 0.05 in the order of single documents: means of 8 pairs of models and corpora.
+SLICE_SHARE = 0.2
+
 
 @dataclass(frozen=True, eq=False)
 class Priorities:
@@ -19,7 +24,7 @@ class Priorities:
 
     Attributes:
         hashes: uint64 (n,), the row hashes.
-        traffic: (n,) finite and not negative: a column of the corpus, or `log_traffic`.
+        traffic: (n,) finite and not negative: a column of the corpus, or what a log of queries finds.
         occurrences: (n,) k-occurrences, k as in `space_health`.
         residuals: (n,) how far the adapter misses, finite; NaN for rows that were not embedded twice.
 
@@ -86,18 +91,35 @@ def fragment_order(
     return np.lexsort((np.arange(len(rows)), *reversed(keys)))
 
 
-def log_traffic(found_rows: np.ndarray, asked: np.ndarray, rows: int) -> np.ndarray:
-    """How often each of `rows` rows was answered, by a query log: float64 (rows,).
+def of_hubs(occurrences: np.ndarray, rows: np.ndarray, k: int = K) -> np.ndarray:
+    """The occurrences of n documents of so many rows each where these are hubs, by the mean of their rows; else 0."""
+    kept: np.ndarray = np.where(occurrences >= HUB_OCCURRENCES * k * rows, occurrences, 0.0)
+    return kept
+
+
+def first_wanted(priorities: Priorities, rows: np.ndarray, eligible: np.ndarray, k: int = K) -> np.ndarray:
+    """Which of n documents of a fragment are worth to be embedded before its others: bool (n,).
+
+    Of those that have traffic or are hubs the first by `backfill_order`, until they hold SLICE_SHARE of the rows; none
+    where these are all of them, or all documents are asked for alike.
 
     Args:
-        found_rows: int64 (q, k), the rows that each logged query finds, -1 for none.
-        asked: (q,), how often each query was asked.
+        priorities: means over the rows of each document.
+        rows: (n,), at least 1. eligible: bool (n,), which may be taken at all.
     """
-    if found_rows.ndim != 2 or asked.shape != (len(found_rows),):
-        raise ValueError(f"asked (shape {asked.shape}) must count each of the {len(found_rows)} logged queries")
-    counts = np.repeat(asked.astype(np.float64), found_rows.shape[1])
-    filled = found_rows.reshape(-1) >= 0
-    return np.bincount(found_rows.reshape(-1)[filled], weights=counts[filled], minlength=rows)
+    traffic = _known(priorities.traffic, priorities)
+    hubs = of_hubs(_known(priorities.occurrences, priorities), np.ones(len(rows)), k)
+    order = backfill_order(priorities, k)
+    order = order[(eligible & ((traffic > 0) | (hubs > 0)))[order]]
+    before = np.cumsum(rows[order]) - rows[order]
+    chosen = np.zeros(len(rows), bool)
+    chosen[order[before < SLICE_SHARE * rows.sum()]] = True
+    if not chosen.any() or chosen.all():
+        return np.zeros(len(rows), bool)
+    first, others = (
+        [np.average(values[part], weights=rows[part]) for values in (traffic, hubs)] for part in (chosen, ~chosen)
+    )
+    return chosen if first > others else np.zeros(len(rows), bool)
 
 
 def adapter_residuals(adapted: np.ndarray, embedded: np.ndarray) -> np.ndarray:

@@ -75,20 +75,6 @@ def ranks(keys: pa.Array | np.ndarray, hashes: np.ndarray, descending: bool = Fa
     return result
 
 
-def neighbours_of(left: np.ndarray, right: np.ndarray, similarity: np.ndarray, rank: np.ndarray) -> Neighbours:
-    """The pairs, int64 (e,) each with its similarity, as later row and earlier one by rank, int64 (n,)."""
-    swapped = rank[left] < rank[right]
-    return Neighbours(np.where(swapped, right, left), np.where(swapped, left, right), similarity)
-
-
-def independent_set(neighbours: Neighbours, rank: np.ndarray) -> np.ndarray:
-    """Which of n rows stay, bool (n,)."""
-    states = np.zeros(len(rank), np.uint8)
-    settle(neighbours, rank, states, np.ones(len(rank), bool))
-    result: np.ndarray = states == STAYS
-    return result
-
-
 def settle(neighbours: Neighbours, rank: np.ndarray, states: np.ndarray, own: np.ndarray) -> None:
     """Decides in `states`, uint8 (n,), all that can be decided of the rows that are `own`, bool (n,).
 

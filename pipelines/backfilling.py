@@ -1,23 +1,26 @@
 """Embed a corpus again, the most wanted first, and publish and measure on the way what is there so far."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from penstock.cluster.catalog import Catalog, Reason
-from penstock.cluster.jobs.priorities import FragmentPriority, PriorityTask, fragment_priorities
+from penstock.cluster.jobs.priorities import PriorityJob
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.leases import Lease, acquire, lease_holder
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
-from penstock.operators.backfill_order import fragment_order, has_fallen
+from penstock.operators.backfill_order import has_fallen
+from penstock.operators.chunking import PassageType
 from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import Codec, Family
+from penstock.pipelines.backfill_units import BackfillUnit, embedded_first, find_units, fragments_of
 from penstock.pipelines.config import Index, Upgrade
 from penstock.pipelines.gate import failed
 from penstock.pipelines.history import Status, new_run_id
@@ -37,10 +40,10 @@ from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import model_of
 from penstock.pipelines.records import read_json, write_json
 from penstock.pipelines.running import Part, embed_part, execute
-from penstock.pipelines.wanted import WantedTask, wanted_documents
+from penstock.pipelines.wanted import WantedTask, hub_occurrences, wanted_documents
 from penstock.pipelines.window import DailyWindow
 
-FRAGMENTS_PER_TASK = 64
+UNITS_VERSION = 1  # of the rules by which fragments are sliced and ordered
 # Fragments for each worker that are embedded before the clock is looked at again, where there is a window.
 FRAGMENTS_BETWEEN_LOOKS = 16
 LEASE_PAUSE_S = 5.0
@@ -81,6 +84,7 @@ class Backfill:
         old: the old version, and `old_index` how it was built: what parts are built by, where the file says auto.
         new: the new pipeline, its precision decided; facts: its passages fragments.
         bridge: the folder of adapters that passed their gate, or None.
+        residuals: how far the adapter misses documents of the sample, by id; asked for when the order is found.
     """
 
     session: Session
@@ -95,6 +99,7 @@ class Backfill:
     new: Resolved
     facts: Sequence[FragmentFacts]
     bridge: str | None
+    residuals: Callable[[], Mapping[str, float]] = dict
 
     @property
     def catalog(self) -> Catalog:
@@ -141,65 +146,58 @@ class Backfill:
 
     def parts(self) -> list[list[str]]:
         """The passages fragments of each step, which holds those of the steps before it: none in the first, and in the
-        last fewer than all, as all are the new version itself."""
-        ordered = self._ordered()
-        rows = np.cumsum([fact.kept for fact in ordered])
+        last fewer than all, as all are the new version itself. Slices are among them until their fragments are."""
+        embedded = embedded_of(self.new, self._known_facts)
+        done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
+        units = embedded_first(
+            self.units, frozenset(name for name, made in embedded.embeddings.items() if made in done)
+        )
+        rows = np.cumsum([unit.rows for unit in units])
         shares = np.arange(1, self.settings.steps) / self.settings.steps
         ends = np.searchsorted(rows, shares * rows[-1], side="left") + 1 if len(rows) else np.empty(0, int)
-        sizes = sorted({int(end) for end in ends if end < len(ordered)})
-        return [[], *([fact.passages for fact in ordered[:size]] for size in sizes)]
+        sizes = sorted({int(end) for end in ends if end < len(units)})
+        return [[], *(fragments_of(units[:size]) for size in sizes)]
 
-    def _ordered(self) -> list[FragmentFacts]:
-        """The fragments in the order of a backfill: first those that are embedded already."""
-        kept = sorted((fact for fact in self.facts if fact.kept), key=lambda fact: fact.passages)
-        embedded = embedded_of(self.new, self.facts)
-        done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
-        first = {fact.passages for fact in kept if embedded.embeddings[fact.passages] in done}
-        known = self._known_order([fact.passages for fact in kept])
-        places = {name: place for place, name in enumerate(known)}
-        return sorted(kept, key=lambda fact: (fact.passages not in first, places[fact.passages]))
-
-    def _known_order(self, fragments: list[str]) -> list[str]:
-        """The order of these fragments by what is wanted, found once."""
+    @cached_property
+    def units(self) -> list[BackfillUnit]:
+        """Fragments and slices in the order of what is wanted, found once for a corpus."""
         path = f"{self.folder}/order.json"
         settings = self.settings
         log = None if settings.log is None else content_of(settings.log)
-        asked = fingerprint(fragments=fingerprint_set(fragments), traffic=settings.traffic, log=log)
-        record = read_json(self.store, path)
-        if record is None or record["asked"] != asked:
-            record = {"asked": asked, "fragments": self._order(fragments)}
-            write_json(self.store, path, record)
-        order: list[str] = record["fragments"]
-        return order
-
-    def _order(self, fragments: list[str]) -> list[str]:
-        asked, found = self._wanted()
-        settings = self.settings
-        stage = self.new.stage_fingerprint(PASSAGES)
-        tasks = [
-            PriorityTask(
-                self.store.url,
-                stage,
-                tuple(fragments[start : start + FRAGMENTS_PER_TASK]),
-                settings.traffic,
-                asked,
-                found,
-            )
-            for start in range(0, len(fragments), FRAGMENTS_PER_TASK)
-        ]
-        priorities: dict[str, FragmentPriority] = {}
-        with self.reporter.stage("priority", len(fragments), "fragments") as advance:
-            for group in self.session.stream(fragment_priorities, tasks):
-                priorities |= {one.fragment: one for one in group}
-                advance(len(group))
-        rows = {fact.passages: fact.kept for fact in self.facts}
-        sums = [priorities[name] for name in fragments]
-        order = fragment_order(
-            np.array([rows[name] for name in fragments]),
-            np.array([one.traffic for one in sums]),
-            np.array([one.occurrences for one in sums]),
+        asked = fingerprint(
+            version=UNITS_VERSION,
+            fragments=fingerprint_set([self.new.selection_fingerprint, *(fact.passages for fact in self.facts)]),
+            traffic=settings.traffic,
+            log=log,
+            bridge=self.bridge,
         )
-        return [fragments[place] for place in order.tolist()]
+        record = read_json(self.store, path)
+        if record is not None and record["asked"] == asked:
+            return [BackfillUnit.from_json(one) for one in record["units"]]
+        units = find_units(self.session, self.reporter, self._priorities(), self.facts)
+        write_json(self.store, path, {"asked": asked, "units": [unit.to_json() for unit in units]})
+        return units
+
+    def _priorities(self) -> PriorityJob:
+        asked, found = self._wanted()
+        return PriorityJob(
+            self.store.url,
+            self.new.stage_fingerprint(PASSAGES),
+            self.new.selection_fingerprint,
+            self.settings.traffic,
+            asked,
+            hub_occurrences(found, int(self.catalog.manifest(self.old)["rows"])),
+            self.residuals(),
+            self.new.chunker.kind is PassageType.LATE,
+        )
+
+    @cached_property
+    def _slices(self) -> tuple[FragmentFacts, ...]:
+        return tuple(unit.facts for unit in self.units if unit.is_slice)
+
+    @property
+    def _known_facts(self) -> list[FragmentFacts]:
+        return [*self.facts, *self._slices]
 
     def _wanted(self) -> tuple[dict[str, float], dict[str, float]]:
         """How often documents are asked for, by the log, and how often they are among the neighbours of others."""
@@ -214,7 +212,7 @@ class Backfill:
         """One step: embed, build, publish, measure, and point the alias to it if answers are no worse."""
         started = time.monotonic()
         number = len(self.store.names(f"{self.folder}/steps"))
-        encoded = self._embed(fragments)
+        encoded = self._embed(fragments) if fragments else 0
         part = self._build(fragments) if fragments else None
         run_id = new_run_id(f"{self.new.pipeline.name}-backfill")
         with self.lease(run_id) as lease:
@@ -273,14 +271,15 @@ class Backfill:
 
     def _rows(self, fragments: Sequence[str] | None) -> int:
         wanted = None if fragments is None else set(fragments)
-        return sum(fact.kept for fact in self.facts if wanted is None or fact.passages in wanted)
+        known = self._known_facts if fragments else self.facts
+        return sum(fact.kept for fact in known if wanted is None or fact.passages in wanted)
 
     def _share(self, fragments: Sequence[str]) -> float:
         return self._rows(fragments) / max(1, self._rows(None))
 
     def _embed(self, fragments: list[str]) -> int:
         """The vectors of fragments that are missing, while the window is open; how many passages were encoded."""
-        embedded = embedded_of(self.new, self.facts)
+        embedded = embedded_of(self.new, self._known_facts)
         done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
         todo = [name for name in fragments if embedded.embeddings[name] not in done]
         window = None if self.settings.window is None else DailyWindow.parse(self.settings.window)
@@ -292,7 +291,7 @@ class Backfill:
         for start in range(0, len(todo), max(size, 1)):
             self._wait(window)
             self._wait_for_others()
-            part = Part(frozenset(todo[start : start + size]), self.folder)
+            part = Part(frozenset(todo[start : start + size]), self.folder, self._slices)
             work = embed_part(self._plan(self.new), self.origin, self.store, self.session, self.reporter, part)
             encoded += work.encoded
         return encoded
@@ -314,7 +313,7 @@ class Backfill:
     def _build(self, fragments: list[str]) -> str:
         """A version of these fragments alone, which no alias points to."""
         resolved = part_of(self.new, self.old_index, self._rows(fragments))
-        part = Part(frozenset(fragments), self.folder)
+        part = Part(frozenset(fragments), self.folder, self._slices)
         self._wait_for_others()
         report = execute(self._plan(resolved), self.origin, self.store, self.session, self.reporter, part)
         if report.status is Status.GATE_FAILED:

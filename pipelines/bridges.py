@@ -5,15 +5,17 @@
 
 import json
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.adapters import Adapter
+from penstock.operators.backfill_order import adapter_residuals
 from penstock.operators.bridge_trials import BridgeTask, FittedBridge, fit_bridge
 from penstock.operators.bridging import LEAST_RECOVERY, BridgeRecord, Direction, Verdict
 from penstock.operators.identity import fingerprint
-from penstock.operators.paired_samples import sampled_compatibility
+from penstock.operators.paired_samples import PairedSample, sampled_compatibility
 from penstock.pipelines.canary_sample import TakenSample
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.records import read_json, write_json
@@ -97,6 +99,21 @@ def read_bridge(store: Store, name: str, direction: Direction) -> tuple[Adapter,
         return None
     record.refuse_other(adapter, record.source.space, record.target.space)
     return adapter, record
+
+
+def sample_residuals(store: Store, name: str, sample: PairedSample) -> dict[str, float]:
+    """How far the adapter of documents misses what the new model gives: document → the mean of its passages, of those
+    that were drawn at random; nothing where no adapter passed."""
+    found = read_bridge(store, name, Direction.DOCUMENTS_TO_NEW)
+    if found is None:
+        return {}
+    old, new = (space.documents[: sample.drawn] for space in (sample.old, sample.new))
+    missed: dict[str, list[float]] = {}
+    for document, residual in zip(
+        sample.document_ids, adapter_residuals(found[0].apply(old), new).tolist(), strict=False
+    ):
+        missed.setdefault(document, []).append(residual)
+    return {document: fmean(values) for document, values in missed.items()}
 
 
 def _record_path(name: str) -> str:

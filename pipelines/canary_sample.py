@@ -192,7 +192,7 @@ class Canary:
         stage = resolved.stage_fingerprint(EMBEDDINGS)
         names = _embeddings_names(resolved, fragments)
         done = finished_fragments(self.store, EMBEDDINGS, stage)
-        todo = [_facts(fragment) for fragment in fragments if names[fragment.name] not in done]
+        todo = [sample_facts(fragment) for fragment in fragments if names[fragment.name] not in done]
         if not todo:
             return None
         embedding = Embedding(self.session, self.store, self.reporter, resolved, self.origin, self.run_id)
@@ -303,8 +303,8 @@ class _Vectors:
         )
 
 
-def _facts(fragment: SampleFragment) -> FragmentFacts:
-    """A fragment of the sample as selection would have it: nothing of it is left out."""
+def sample_facts(fragment: SampleFragment) -> FragmentFacts:
+    """A fragment of chosen passages as selection would have it: nothing of it is left out."""
     return FragmentFacts(
         passages=fragment.name,
         documents_in=fragment.documents,
@@ -320,7 +320,7 @@ def _facts(fragment: SampleFragment) -> FragmentFacts:
 
 def _embeddings_names(resolved: Resolved, fragments: Sequence[SampleFragment]) -> dict[str, str]:
     stage = resolved.stage_fingerprint(EMBEDDINGS)
-    return {fragment.name: _facts(fragment).embeddings_fragment(stage) for fragment in fragments}
+    return {fragment.name: sample_facts(fragment).embeddings_fragment(stage) for fragment in fragments}
 
 
 def _fit(vectors: np.ndarray, metric: Metric) -> np.ndarray:

@@ -81,6 +81,7 @@ class HealthCheck:
             "version": manifest["version"],
             "model": manifest["model"]["reference"],
             "space": manifest["model"]["space"],
+            "document_prompt": manifest["model"]["document_prompt"],
             "rows": manifest["rows"],
             "sample_rows": len(vectors),
             "vectors_from": source,
@@ -129,6 +130,11 @@ def _why_not_compared(
 ) -> str | None:
     if before["space"] != after["space"]:
         return f"the versions are of two models, {before['model']} and {after['model']}: figures stand side by side"
+    prompts = before["document_prompt"], after["document_prompt"]
+    if prompts[0] != prompts[1]:
+        return (
+            f"the versions' documents have two prompts, {prompts[0]!r} and {prompts[1]!r}: figures stand side by side"
+        )
     sizes = sorted((one.health.sample_rows, other.health.sample_rows))
     if sizes[1] - sizes[0] > MOST_SIZE_DIFFERENCE * sizes[1]:
         return f"the samples hold {sizes[0]} and {sizes[1]} rows, too different to compare"

@@ -22,7 +22,7 @@ from penstock.operators.encoding import ModelMismatch
 from penstock.operators.identity import fingerprint
 from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines.mixed_format import ADAPTER_KINDS, MIXED_FORMAT, adapter_file, refuse_mixed
-from penstock.pipelines.model_identity import is_one_space
+from penstock.pipelines.model_identity import identity_words, is_one_space
 from penstock.pipelines.publishing import lineage_fragments, publish_manifest, shards_of
 
 VERSION_DIGITS = 16  # of a fingerprint, as of any version
@@ -267,7 +267,7 @@ def _left(shard: SupersededShard) -> dict[str, Any]:
 
 
 def _named(model: dict[str, Any]) -> str:
-    return f"{model['reference']} (space {model['space'][:16]})"
+    return identity_words(model)
 
 
 def _sha256(data: bytes) -> str:

@@ -31,7 +31,21 @@ def is_same_model(identity: Mapping[str, Any], stated: Mapping[str, Any]) -> boo
     return all(identity[name] == stated[name] for name in MODEL_FIELDS)
 
 
+def is_same_dimension(identity: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
+    """Whether, beside the model and the prompts, the dimension is that of a manifest's `model`."""
+    return is_same_model(identity, stated) and bool(identity[DIMENSION] == stated[DIMENSION])
+
+
 def is_one_space(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether similarities to vectors of two versions, by the `model` of their manifests, compare with each other: they
     were made by the same encoder, with the same prompts, which `space` leaves out."""
     return all(model[name] == other[name] for name in ("space", *PROMPTS))
+
+
+def identity_words(model: Mapping[str, Any]) -> str:
+    """The `model` of a manifest with all that tells it apart, for messages; pooling is part of the configuration."""
+    hashes = ", ".join(f"{kind} {model[f'{kind}_sha256'][:16]}" for kind in ("weights", "tokenizer", "configuration"))
+    prompts = " and ".join(repr(model[name]) for name in PROMPTS)
+    return (
+        f"{model['reference']} (space {model['space'][:16]}), {hashes}, dimension {model[DIMENSION]}, prompts {prompts}"
+    )

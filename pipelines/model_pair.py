@@ -8,7 +8,9 @@ from penstock.cluster.catalog import Catalog
 from penstock.cluster.storage import Store
 from penstock.operators.encoding import ModelMismatch
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
+from penstock.pipelines.model_identity import identity_words, is_one_space
 from penstock.pipelines.planning import Resolved
+from penstock.pipelines.publishing import model_of
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,16 @@ class ModelPair:
 
 
 def refuse_other_model(resolved: Resolved, manifest: Mapping[str, Any]) -> None:
-    """Refuses a pipeline whose model is not the one that a version was made with.
+    """Refuses a pipeline whose model, with its prompts and dimension, is not the one that a version was made with.
 
     Raises:
         ModelMismatch: naming both.
     """
-    stated = manifest["model"]
-    if resolved.encoder.space != stated["space"]:
+    stated, asked = manifest["model"], model_of(resolved)
+    if not is_one_space(asked, stated):
         raise ModelMismatch(
-            f"model ({resolved.encoder.model}, space {resolved.encoder.space[:16]}) must be the one that version "
-            f"{manifest['version']} was made with, {stated['reference']} (space {stated['space'][:16]}); give the "
-            "pipeline file that published it"
+            f"model ({identity_words(asked)}) must be the one that version {manifest['version']} was made with, "
+            f"{identity_words(stated)}; give the pipeline file that published it"
         )
 
 

@@ -68,7 +68,7 @@ from penstock.pipelines.config import Level, PipelineFile, Transform
 from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
-from penstock.pipelines.model_identity import is_same_model, model_identity
+from penstock.pipelines.model_identity import identity_words, is_same_dimension, is_same_model, model_identity
 from penstock.pipelines.records import read_json
 from penstock.pipelines.shared_centroids import Clustering, index_clustering, most_stay
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
@@ -841,8 +841,9 @@ def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[boo
     """Whether publishing the version would move the alias, and a note when it deliberately would not.
 
     A version that people moved an alias away from, by rollback or promote, is not put back by a run that made nothing
-    new; nor does a run whose file still names the old model, or its prompts, undo a move to a version of another. A run
-    with the model of that version does move the alias, to another dimension or precision too.
+    new; nor does a run whose file still names the old model, its prompts or its dimension, undo a move to a version of
+    another. A run with the model of that version does move the alias, to a dimension that it never had or another
+    precision too.
     """
     name = resolved.pipeline.publish.alias
     if name is None:
@@ -857,13 +858,27 @@ def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[boo
                 f"`penstock promote` puts it back"
             )
     if head is not None and head.reason in DECIDED_MOVES:
+        identity = model_identity(resolved.encoder, resolved.query_encoder)
         model = catalog.manifest(head.version)["model"]
-        if not is_same_model(model_identity(resolved.encoder, resolved.query_encoder), model):
+        if not is_same_model(identity, model) or _was_left(identity, model, catalog, name):
+            own = identity | {"reference": resolved.encoder.model, "space": resolved.encoder.space}
             return False, (
-                f"alias {name} was moved to version {head.version} of model {model['reference']} by {head.reason}: set "
-                f"embedding.model to that, with its prompts; `penstock promote` moves the alias to another version"
+                f"alias {name} was moved to version {head.version} of model {identity_words(model)} by {head.reason}: "
+                f"set embedding.model to that, with its prompts and dimension, where the file has "
+                f"{identity_words(own)}; `penstock promote` moves the alias to another version"
             )
     return True, ""
+
+
+def _was_left(identity: Mapping[str, Any], model: Mapping[str, Any], catalog: Catalog, alias: str) -> bool:
+    """Whether an identity of the same model has the dimension of the version before the alias came to that of `model`,
+    as the file has that an upgrade of the dimension alone began with."""
+    if is_same_dimension(identity, model):
+        return False
+    versions = [entry.version for entry in reversed(catalog.history(alias)) if catalog.has_manifest(entry.version)]
+    models = (catalog.manifest(version)["model"] for version in versions)
+    left = next((one for one in models if not is_same_dimension(one, model)), None)
+    return left is not None and is_same_dimension(identity, left)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from penstock.cluster.storage import Store, open_store
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.filtering import conditions_of
 from penstock.operators.searching import SearchParameters
-from penstock.pipelines.model_identity import is_one_space
+from penstock.pipelines.model_identity import identity_words, is_one_space
 from penstock.pipelines.opened import RETRY_PAUSE_S, Found, Opened, Request
 from penstock.pipelines.opening import Opening
 
@@ -241,10 +241,7 @@ def _refuse_other_space(present: Opened, new: Opened) -> None:
     """Vectors that were made for one model mean nothing to another."""
     models = [version.manifest["model"] for version in (present, new)]
     if not is_one_space(*models):
-        before, after = (
-            f"{model['space'][:16]}, prompts {model['document_prompt']!r} and {model['query_prompt']!r}"
-            for model in models
-        )
+        before, after = map(identity_words, models)
         raise ModelMismatch(
             f"version {new.version} of index {new.manifest['index']} must have the vector space of version "
             f"{present.version} ({before}), as this reader is asked with vectors, got {after}; open the index again, "

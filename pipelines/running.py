@@ -143,10 +143,11 @@ class Report:
 @dataclass(frozen=True)
 class Part:
     """Some of the passages fragments of a corpus, which are to be a version by themselves; `of` is the upgrade that it
-    belongs to."""
+    belongs to. `slices` are fragments with some documents of one of the corpus, which may take its place."""
 
     fragments: frozenset[str]
     of: str
+    slices: tuple[FragmentFacts, ...] = ()
 
 
 def execute(
@@ -392,7 +393,8 @@ class Run:
 
     def _taken(self, facts: list[FragmentFacts]) -> list[FragmentFacts]:
         """Those of the part, where a part is asked for."""
-        return [fact for fact in facts if self._part is None or fact.passages in self._part.fragments]
+        part = self._part
+        return facts if part is None else [fact for fact in (*facts, *part.slices) if fact.passages in part.fragments]
 
     def _selection(self) -> list[FragmentFacts]:
         started = time.monotonic()

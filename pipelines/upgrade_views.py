@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from penstock.pipelines.backfill_units import OrderedBy
 from penstock.pipelines.backfilling import quality_text
 from penstock.pipelines.reporting import records_table
 from penstock.pipelines.upgrade_pages import DIRECTIONS, FIGURES, PAIRINGS, best_first, fit_words, same_fit
@@ -39,6 +40,7 @@ def upgrade_view(record: dict[str, Any]) -> RenderableType:
         views.append(Text(f"Search goes through version {record['bridge']['version']}, mixed of both models."))
     if "backfill" in record:
         views.append(_backfill_table(record["backfill"]["steps"]))
+        views.append(Text(_order_words(record["backfill"]["order"])))
     if "flip" in record:
         views.append(_flip_text(record["flip"], record))
     return Group(*views)
@@ -84,6 +86,12 @@ def _backfill_table(steps: list[dict[str, Any]]) -> RenderableType:
         for step in steps
     ]
     return records_table(rows, list(rows[0]))
+
+
+def _order_words(order: list[dict[str, Any]]) -> str:
+    """How many passages each reason put where they were."""
+    rows = {by: sum(one["rows"] for one in order if one["by"] == by) for by in OrderedBy}
+    return "passages ordered by: " + ", ".join(f"{by} {count:,}" for by, count in rows.items() if count)
 
 
 def _flip_text(flip: dict[str, Any], record: dict[str, Any]) -> Text:

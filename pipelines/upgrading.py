@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import area_under_quality
 from penstock.operators.identity import fingerprint
 from penstock.pipelines.backfilling import AliasHead, Backfill, BackfillStopped, refuse_fall
-from penstock.pipelines.bridges import answers_through_bridge, fit_bridges
+from penstock.pipelines.bridges import answers_through_bridge, fit_bridges, sample_residuals
 from penstock.pipelines.canary import canary
 from penstock.pipelines.canary_sample import Canary, TakenSample
 from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade, Workers
@@ -29,7 +29,7 @@ from penstock.pipelines.embedding import Embedding as EmbeddingStage
 from penstock.pipelines.history import new_run_id, read_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
-from penstock.pipelines.model_identity import DIMENSION, is_same_model, model_identity
+from penstock.pipelines.model_identity import identity_words, is_same_dimension, is_same_model, model_identity
 from penstock.pipelines.model_pair import ModelPair
 from penstock.pipelines.planning import (
     FragmentFacts,
@@ -44,6 +44,7 @@ from penstock.pipelines.planning import (
     vector_bytes,
 )
 from penstock.pipelines.progress import Reporter
+from penstock.pipelines.publishing import model_of
 from penstock.pipelines.records import read_json, write_json
 from penstock.pipelines.running import execute, prepare
 from penstock.pipelines.upgrade_plan import Overlap, Pace, forecast
@@ -134,7 +135,7 @@ class Upgrading:
         }
         resolved = self.prepared[0]
         kept = [[stage, resolved.stage_fingerprint(stage)] for stage in (PASSAGES, EMBEDDINGS)]
-        write_json(self.store, f"{self.folder}/upgrade.json", record | {"keep": kept})
+        self._note(record | {"keep": kept})
         steps: dict[UpgradeStep, Callable[[], Any]] = {
             UpgradeStep.PLAN: self.forecast,
             UpgradeStep.CANARY: self.canary,
@@ -187,7 +188,14 @@ class Upgrading:
 
     def backfill(self) -> dict[str, Any]:
         """Embed, and publish on the way."""
-        return {"steps": [_without_queries(step) for step in self._backfill.run()]}
+        order = [unit.shown() for unit in self._backfill.units]
+        self._note({"order": order})
+        return {"steps": [_without_queries(step) for step in self._backfill.run()], "order": order}
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        """Add to the record of the upgrade."""
+        path = f"{self.folder}/upgrade.json"
+        write_json(self.store, path, {**(read_json(self.store, path) or {}), **facts})
 
     @cached_property
     def _taken(self) -> TakenSample:
@@ -222,6 +230,7 @@ class Upgrading:
             resolved,
             facts,
             f"bridges/{self._bridges['fingerprint']}" if self._bridges["directions"] else None,
+            partial(sample_residuals, self.store, self._bridges["fingerprint"], self._taken.paired),
         )
 
     def _pace(self) -> Pace:
@@ -341,14 +350,13 @@ def refuse_other_space(manifest: dict[str, Any], new: Resolved) -> None:
     stated = manifest["model"]
     if not is_same_model(model_identity(new.encoder, new.query_encoder), stated):
         raise NothingToUpgrade(
-            f"embedding.model ({new.encoder.model}) must be the model of version {manifest['version']}, "
-            f"{stated['reference']}, with its prompts: `penstock upgrade` moves an index to another"
+            f"embedding.model ({identity_words(model_of(new))}) must be the model of version {manifest['version']}, "
+            f"{identity_words(stated)}, with its prompts: `penstock upgrade` moves an index to another"
         )
 
 
 def _is_of(recorded: dict[str, Any], new: Resolved) -> bool:
-    identity = model_identity(new.encoder, new.query_encoder)
-    return is_same_model(identity, recorded) and identity[DIMENSION] == recorded[DIMENSION]
+    return is_same_dimension(model_identity(new.encoder, new.query_encoder), recorded)
 
 
 def with_model(pipeline: PipelineFile, model: str | None) -> PipelineFile:

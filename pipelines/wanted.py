@@ -3,7 +3,7 @@
 import heapq
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -37,8 +37,9 @@ class WantedTask:
 
 
 def wanted_documents(task: WantedTask) -> dict[str, float]:
-    """How often each document is among the ten nearest: counted by how often queries of the log were asked, or once
-    for each passage of the sample, which does not count itself. Memory: the open index, and a document for each answer.
+    """How often each document is among the ten nearest: counted by how often queries of the log were asked, divided by
+    its rank, as answers are looked at from the first on; or once for each passage of the sample, which does not count
+    itself. Memory: the open index, and a document for each answer.
 
     Raises:
         QueriesInvalid: a log that is none.
@@ -49,6 +50,13 @@ def wanted_documents(task: WantedTask) -> dict[str, float]:
         if task.log is not None:
             return _asked(index, most_asked(task.log))
         return _near(index, sampled_vectors(catalog, manifest, HUB_QUERIES))
+
+
+def hub_occurrences(found: Mapping[str, float], rows: int) -> dict[str, float]:
+    """Among the neighbours of how many of all rows each document is, by how often it was of a sample of these; none for
+    documents that were found once, which is chance."""
+    scale = max(1.0, rows / HUB_QUERIES)
+    return {name: count * scale for name, count in found.items() if count > 1}
 
 
 def most_asked(path: str, most: int = MOST_LOGGED) -> dict[str, float]:
@@ -83,8 +91,8 @@ def _asked(index: OpenIndex, queries: dict[str, float]) -> dict[str, float]:
     for start in range(0, len(texts), BATCH_QUERIES):
         batch = texts[start : start + BATCH_QUERIES]
         for text, table in zip(batch, index.search(batch, K, rows=True).rows or [], strict=True):
-            for document in set(table.column("document_id").to_pylist()):
-                found[document] += queries[text]
+            for rank, document in enumerate(dict.fromkeys(table.column("document_id").to_pylist()), 1):
+                found[document] += queries[text] / rank
     return dict(found)
 
 

@@ -101,7 +101,7 @@ def sample_passages(task: CanarySampleTask) -> SampledPassages:
     kept = [_staying(task, store, rows.select(names)) for rows in (drawn, _judged_rows(job, store, path, names))]
     documents = None
     if job.late:
-        documents = _of_places(read_fragment(store, documents_path(job.passages_fingerprint, task.fragment)), kept)
+        documents = of_places(read_fragment(store, documents_path(job.passages_fingerprint, task.fragment)), kept)
     return SampledPassages(task.fragment, kept[0], kept[1], documents)
 
 
@@ -122,10 +122,17 @@ def write_sample_fragments(
     """
     ordered = table.sort_by("row_hash")
     parts = [ordered.slice(first, FRAGMENT_ROWS) for first in range(0, ordered.num_rows, FRAGMENT_ROWS)]
-    return [_write(store, passages_fingerprint, part, documents) for part in parts]
+    return [write_passages(store, passages_fingerprint, part, documents) for part in parts]
 
 
-def _write(store: Store, passages_fingerprint: str, part: pa.Table, documents: pa.Table | None) -> SampleFragment:
+def write_passages(
+    store: Store, passages_fingerprint: str, part: pa.Table, documents: pa.Table | None
+) -> SampleFragment:
+    """Write passages, sorted by row_hash, as one fragment of a stage, named by what it holds; one that is there stays.
+
+    Args:
+        documents: of all the passages at least, where these are embedded within them.
+    """
     # By the passages alone: two models that cut texts alike have the same fragments.
     name = fingerprint(sample=ids_digest(part), late=documents is not None)
     path = fragment_path(PASSAGES, passages_fingerprint, name)
@@ -137,7 +144,7 @@ def _write(store: Store, passages_fingerprint: str, part: pa.Table, documents: p
     )
     if store.info(path) is None:
         if documents is not None:
-            write_fragment(store, documents_path(passages_fingerprint, name), _of_places(documents, [part]))
+            write_fragment(store, documents_path(passages_fingerprint, name), of_places(documents, [part]))
         count = fragment.documents
         receipt = Receipt(name, count, count, passages=part.num_rows, tokens=fragment.tokens)
         write_fragment(store, path, part, receipt)
@@ -160,7 +167,7 @@ def _judged_rows(job: CanarySampleJob, store: Store, path: str, names: list[str]
     return table.filter(pc.is_in(table.column("document_id"), pa.array(sorted(job.judged), pa.string())))
 
 
-def _of_places(documents: pa.Table, passages: Sequence[pa.Table]) -> pa.Table:
+def of_places(documents: pa.Table, passages: Sequence[pa.Table]) -> pa.Table:
     """The documents that some passages were cut from, which their places tell apart."""
     wanted = {tuple(row.values()) for table in passages for row in table.select(PLACE).to_pylist()}
     mine = [tuple(row.values()) in wanted for row in documents.select(PLACE).to_pylist()]

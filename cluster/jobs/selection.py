@@ -153,7 +153,7 @@ def resolve_passages(task: tuple[BucketTask, frozenset[str]]) -> dict[str, Exclu
     if job.deduplicate:
         columns = ["passage_id", "row_hash", "document_id", "ordinal", "source", "position", "tokens", "normal_hash"]
         candidates = _repeating(bucket, "normal_hash", columns)
-        duplicates = represented(_without(candidates, losers), "normal_hash")
+        duplicates = represented(without(candidates, losers), "normal_hash")
         reason = pa.array([DUPLICATE_TEXT] * duplicates.num_rows, pa.string())
         tables.append(duplicates.append_column("reason", reason).select(EXCLUSION_SCHEMA.names).cast(EXCLUSION_SCHEMA))
     exclusions = pa.concat_tables(tables).sort_by([("fragment", "ascending"), ("row_hash", "ascending")])
@@ -181,10 +181,10 @@ def excluded_of(store: Store, fingerprint: str, fragment: str) -> pa.Table:
 
 def kept_rows(store: Store, table: pa.Table, selection: str, fragment: str) -> pa.Table:
     """The passages of a fragment's `table` (with passage_id, source, position) that stay, in their order."""
-    return _without(table, excluded_of(store, selection, fragment))
+    return without(table, excluded_of(store, selection, fragment))
 
 
-def _without(table: pa.Table, excluded: pa.Table) -> pa.Table:
+def without(table: pa.Table, excluded: pa.Table) -> pa.Table:
     """The rows of `table` that `excluded` does not name. Documents that share an id share passage ids too: only
     source and
     position tell their passages apart."""

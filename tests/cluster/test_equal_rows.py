@@ -27,9 +27,10 @@ from penstock.cluster.local_store import LocalStore
 from penstock.operators import equal_rows
 from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.equal_rows import first_equal
-from penstock.operators.independent_set import Keep, independent_set, neighbours_of, random_keys, ranks
+from penstock.operators.independent_set import Keep, random_keys, ranks
 from penstock.operators.similar_pairs import Join, Pairs, pair_similarities, unit_rows
 
+from ..operators.whole_set import independent_set, neighbours_of
 from .in_process import InProcess
 
 DIMENSION, CELLS, FLOOR, SEED = 12, 7, 0.85, 4

@@ -45,9 +45,10 @@ from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
 from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.duplicate_measures import PairRecall
-from penstock.operators.independent_set import Keep, independent_set, neighbours_of, random_keys, ranks
+from penstock.operators.independent_set import Keep, random_keys, ranks
 from penstock.operators.similar_pairs import Join, Pairs, similar_pairs, unit_rows
 
+from ..operators.whole_set import independent_set, neighbours_of
 from .in_process import InProcess, R, T
 
 DIMENSION, CELLS, FLOOR = 16, 9, 0.85

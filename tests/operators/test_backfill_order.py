@@ -6,13 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.operators.backfill_order import (
+    SLICE_SHARE,
     Priorities,
     adapter_residuals,
     area_under_quality,
     backfill_order,
+    first_wanted,
     fragment_order,
     has_fallen,
-    log_traffic,
+    of_hubs,
 )
 
 ROWS = 60
@@ -56,9 +58,34 @@ def test_fragments_go_by_traffic_per_row_then_occurrences_then_residuals() -> No
     assert fragment_order(rows).tolist() == [0, 1, 2, 3]
 
 
-def test_a_query_log_counts_what_it_finds() -> None:
-    found = np.array([[0, 2, 3], [2, -1, -1]])
-    np.testing.assert_array_equal(log_traffic(found, np.array([5, 2]), 5), [5, 0, 7, 5, 0])
+@settings(max_examples=50)
+@given(st.integers(0, 10**6))
+def test_a_slice_is_the_first_fifth_of_what_is_wanted(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    rows = generator.integers(1, 6, ROWS)
+    traffic, occurrences = generator.integers(0, 3, ROWS) * 1.0, generator.integers(0, 40, ROWS)
+    priorities, eligible = Priorities(_hashes(seed), traffic, occurrences), generator.random(ROWS) < 0.8
+    chosen = first_wanted(priorities, rows, eligible)
+    expected, taken = set(), 0
+    for row in backfill_order(priorities).tolist():
+        if eligible[row] and (traffic[row] > 0 or occurrences[row] >= 20) and taken < SLICE_SHARE * rows.sum():
+            expected.add(row)
+            taken += rows[row]
+    assert set(np.flatnonzero(chosen).tolist()) == expected
+
+
+def test_documents_that_are_wanted_alike_make_no_slice() -> None:
+    rows, every = np.full(ROWS, 2), np.ones(ROWS, bool)
+    for traffic in (np.zeros(ROWS), np.full(ROWS, 7.0)):
+        assert not first_wanted(Priorities(_hashes(2), traffic), rows, every).any()
+    one = np.arange(1, 2)
+    assert not first_wanted(Priorities(_hashes(2)[:1], one), one, one > 0).any()
+    rare = np.where(np.arange(ROWS) == 3, 1.0, 0.0)
+    assert first_wanted(Priorities(_hashes(2), rare), rows, every).nonzero()[0].tolist() == [3]
+
+
+def test_hubs_are_told_by_the_mean_of_their_rows() -> None:
+    assert of_hubs(np.array([19, 20, 39, 60]), np.array([1, 1, 2, 3])).tolist() == [0, 20, 0, 60]
 
 
 def test_residuals_are_distances() -> None:
@@ -100,7 +127,6 @@ def test_only_a_fall_beyond_doubt_stops_the_backfill() -> None:
         (lambda: Priorities(_hashes(1), residuals=np.ones(3)), r"residuals \(shape \(3,\)\)"),
         (lambda: fragment_order(np.array([2, 0])), r"rows of fragment 1 \(0\) must be at least 1"),
         (lambda: fragment_order(np.array([2, 1]), np.ones(3)), r"traffic \(3\) must have a figure for each of the 2"),
-        (lambda: log_traffic(np.zeros((2, 3)), np.ones(3), 5), r"asked \(shape \(3,\)\) must count each of the 2"),
         (lambda: adapter_residuals(np.ones((2, 3)), np.ones((2, 4))), r"adapted vectors \(shape \(2, 3\)\)"),
         (lambda: area_under_quality(np.array([0, 0.5]), np.ones(2)), r"shares \(\[0.  0.5\]\) must ascend from 0 to 1"),
         (lambda: area_under_quality(np.array([0, 1]), np.ones(3)), "one for each of the 3 qualities"),

@@ -11,13 +11,13 @@ from penstock.operators.independent_set import (
     STAYS,
     UNDECIDED,
     component_labels,
-    independent_set,
-    neighbours_of,
     random_keys,
     ranks,
     representatives,
     settle,
 )
+
+from .whole_set import independent_set, neighbours_of
 
 Links = list[tuple[int, int]]
 

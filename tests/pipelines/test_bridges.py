@@ -19,7 +19,7 @@ from penstock.operators.bridging import Direction, WrongSpace
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.models import resolve_model
 from penstock.pipelines import Pipeline, canary_sample
-from penstock.pipelines.bridges import answers_through_bridge, bridge_paths, fit_bridges, read_bridge
+from penstock.pipelines.bridges import answers_through_bridge, bridge_paths, fit_bridges, read_bridge, sample_residuals
 from penstock.pipelines.canary import canary
 from penstock.pipelines.canary_sample import Canary, TakenSample
 from penstock.pipelines.cli import EXIT_GATE, app
@@ -175,6 +175,11 @@ def test_a_rotated_model_passes_its_gate(made: Workspace, bridges: dict[str, Any
         record.refuse_other(adapter, source.identity.space, target.identity.space)
         cosines = np.einsum("nd,nd->n", adapter.apply(source.documents), target.documents)
         assert cosines.mean() > 0.99 and 0.98 < record.length <= 1
+    residuals = sample_residuals(store, bridges["fingerprint"], taken.paired)
+    assert residuals.keys() == set(taken.paired.document_ids[:DRAWN])
+    distances = np.sqrt(2 - 2 * cosines[:DRAWN])  # of the last direction, between vectors of unit length
+    by_document = {name: distances[[one == name for one in taken.paired.document_ids[:DRAWN]]] for name in residuals}
+    assert residuals == {name: pytest.approx(found.mean(), abs=1e-3) for name, found in by_document.items()}
 
 
 def test_bridges_are_fitted_once(made: Workspace, ray_session: Session, bridges: dict[str, Any]) -> None:
@@ -197,6 +202,7 @@ def test_shuffled_pairs_leave_nothing_but_the_refusal(
     )
     wrong = TakenSample(replace(paired, new=other), "shuffled", taken.about)
     found = fit_bridges(ray_session, store, SilentReporter(), wrong)
+    assert sample_residuals(store, found["fingerprint"], wrong.paired) == {}
     assert not answers_through_bridge(found)
     assert sorted(store.names(f"bridges/{found['fingerprint']}")) == ["record.json"]
     for direction in Direction:
@@ -278,8 +284,11 @@ def test_other_models_are_refused(made: Workspace, taken: TakenSample) -> None:
     with pytest.raises(ValueError, match=r"model \(package:.*\) is the one that version [0-9a-f]{16} was made with"):
         ModelPair(resolved, resolved, manifest)
     shorter = made.pipeline(embedding__dimension=64)
-    with pytest.raises(ModelMismatch, match=r"model \(package:.*, space .*\) must be the one that version"):
-        refuse_other_model(resolve(shorter.config, shorter.origin), manifest)
+    prompted = made.pipeline(embedding__prompts={"query": "ask: ", "document": ""})
+    for pipeline, words in ((shorter, "dimension 64, prompts '' and ''"), (prompted, "prompts '' and 'ask: '")):
+        both = rf"model \(package:.* \(space .*{words}\) must be the one that version .*, prompts '' and ''; give the"
+        with pytest.raises(ModelMismatch, match=both):
+            refuse_other_model(resolve(pipeline.config, pipeline.origin), manifest)
     nowhere = made.pipeline(publish__alias="nowhere")
     with pytest.raises(ValueError, match=r"publish.alias \(nowhere\) of index test must point to a published version"):
         published_manifest(resolve(nowhere.config, nowhere.origin), store)

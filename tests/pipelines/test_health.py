@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ def test_other_spaces_stand_side_by_side(made: Workspace) -> None:
     assert "the versions are of two models" in record["why"]
     view = told("wider", "--root", str(made.root), "--against", version(made, "live"))
     assert "not compared: the versions are of two models" in view.output
+
+
+def test_other_prompts_of_documents_stand_side_by_side(made: Workspace, tmp_path: Path) -> None:
+    """As the manifest of a run with a prompt would state it."""
+    root, before = tmp_path / "root", version(made, "live")
+    shutil.copytree(made.root / "indexes", root / "indexes")
+    path = root / "indexes/test/versions" / version(made, "narrow") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"model": manifest["model"] | {"document_prompt": "passage: "}}))
+    found = told("narrow", "--root", str(root), "--against", before)
+    assert found.exit_code == 0
+    assert "not compared: the versions' documents have two prompts, '' and 'passage: '" in found.output
 
 
 def test_without_stored_vectors_embeddings_are_looked_at_while_they_are_there(made: Workspace) -> None:

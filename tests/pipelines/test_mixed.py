@@ -49,7 +49,7 @@ from penstock.pipelines.model_pair import published_manifest, refuse_other_model
 from penstock.pipelines.opened_mixed import OpenMixed, Way
 from penstock.pipelines.planning import alias_moves
 from penstock.pipelines.progress import choose_reporter
-from penstock.pipelines.publishing import shards_of
+from penstock.pipelines.publishing import model_of, shards_of
 
 from ..conftest import S3Server
 from .conftest import Document, Workspace
@@ -682,6 +682,21 @@ def test_no_run_undoes_a_move_to_another_model(upgrade: Upgrade, judged: Workspa
         assert alias_moves(judged.pipeline(**changes).plan().resolved, catalog, "0" * 16) == (True, "")
     catalog.move("live", upgrade.old, expected=None, run_id="test", reason=Reason.PUBLISH)
     assert alias_moves(judged.pipeline().plan().resolved, catalog, "0" * 16) == (True, "")
+
+
+def test_no_run_undoes_a_move_to_another_dimension(upgrade: Upgrade, judged: Workspace) -> None:
+    """As an upgrade of the dimension alone leaves it: the file with the old one is refused, one with a third is not."""
+    catalog, resolved = upgrade.catalog, judged.pipeline(embedding__dimension=256).plan().resolved
+    change_model(upgrade, upgrade.old, **model_of(resolved))
+    for reason in (Reason.BACKFILL, Reason.UPGRADE):
+        catalog.move("live", upgrade.old, expected=None, run_id="test", reason=Reason.PUBLISH)
+        catalog.move("live", upgrade.new, expected=None, run_id="test", reason=reason)
+        moves, note = alias_moves(resolved, catalog, "0" * 16)
+        assert not moves and "where the file has" in note
+        told, own = note.split(" where the file has ")
+        assert "dimension 384, prompts" in told and "dimension 256, prompts" in own
+        for changes in ({}, {"embedding__dimension": 64}):
+            assert alias_moves(judged.pipeline(**changes).plan().resolved, catalog, "0" * 16) == (True, "")
 
 
 # ---- while the alias points to a mixed version

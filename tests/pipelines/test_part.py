@@ -7,11 +7,13 @@ import pytest
 
 from penstock.cluster.catalog import Catalog, Reason
 from penstock.cluster.fragments import read_fragment
+from penstock.cluster.jobs.priorities import PriorityJob
 from penstock.cluster.layout import PASSAGES, fragment_path
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines import OpenIndex
+from penstock.pipelines.backfill_units import find_units, fragments_of
 from penstock.pipelines.mixed import publish_mixed
 from penstock.pipelines.progress import SilentReporter
 from penstock.pipelines.running import Part, Report, execute, prepare
@@ -50,20 +52,26 @@ def old_version(workspace: Workspace) -> str:
     return report.version
 
 
-def part_version(session: Session, workspace: Workspace, names: str, **changes: object) -> Report:
-    """The version of the new model over the fragments that have passages of these documents."""
+def part_version(session: Session, workspace: Workspace, names: str, asked: str = "", **changes: object) -> Report:
+    """The version of the new model over the fragments that have passages of these documents, or, where documents are
+    asked for, over the slices of fragments with these."""
     pipeline, store = workspace.pipeline(publish={}, **changes), open_store(str(workspace.root))
     plan = pipeline.plan()
     resolved, facts = prepare(plan, pipeline.origin, store, session, SilentReporter())
     stage = resolved.stage_fingerprint(PASSAGES)
-    wanted = set()
-    for fact in facts:
+    wanted, slices = set(), ()
+    if asked:
+        job = PriorityJob(store.url, stage, resolved.selection_fingerprint, asked=dict.fromkeys(asked, 1.0))
+        units = find_units(session, SilentReporter(), job, facts)
+        slices = tuple(unit.facts for unit in units if unit.is_slice)
+        wanted = set(fragments_of([unit for unit in units if unit.is_slice]))
+    for fact in () if asked else facts:
         table = read_fragment(store, fragment_path(PASSAGES, stage, fact.passages), ["document_id"])
         if set(table.column("document_id").to_pylist()) & set(names):
             wanted.add(fact.passages)
-    assert 0 < len(wanted) < len(facts)
-    plan = replace(plan, resolved=resolved)
-    return execute(plan, pipeline.origin, store, session, SilentReporter(), Part(frozenset(wanted), "upgrades/test/x"))
+    assert 0 < len(wanted) < len(facts) + len(slices)
+    plan, part = replace(plan, resolved=resolved), Part(frozenset(wanted), "upgrades/test/x", slices)
+    return execute(plan, pipeline.origin, store, session, SilentReporter(), part)
 
 
 def texts_of(workspace: Workspace, names: str) -> set[str]:
@@ -76,24 +84,25 @@ def texts_of(workspace: Workspace, names: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("before", "part", "answered"),
+    ("before", "part", "asked", "answered"),
     [
-        ("abcd", "ac", "abcd"),  # what represents b's passages is embedded, and b is not
-        ("abcd", "bd", "abcd"),  # b is embedded, and what represents some of its passages is not
-        ("bcd", "bd", "bcd"),  # and nothing in the old version has their text but b itself
+        ("abcd", "ac", "", "abcd"),  # what represents b's passages is embedded, and b is not
+        ("abcd", "bd", "", "abcd"),  # b is embedded, and what represents some of its passages is not
+        ("bcd", "bd", "", "bcd"),  # and nothing in the old version has their text but b itself
+        ("abcd", "a", "a", "abcd"),  # a alone, a slice of the only fragment, is embedded: it represents b's passages
     ],
 )
 def test_no_passage_vanishes_while_its_text_is_in_another_fragment(
-    ray_session: Session, tmp_path: Path, before: str, part: str, answered: str
+    ray_session: Session, tmp_path: Path, before: str, part: str, asked: str, answered: str
 ) -> None:
-    workspace = Workspace(tmp_path, dict(SETTINGS))
+    workspace = Workspace(tmp_path, SETTINGS | ({"documents__fragment_bytes": 65_536} if asked else {}))
     for file, names in enumerate(("ac", "bd")):
         write(workspace, file, "".join(name for name in names if name in before))
     old = old_version(workspace)
     write(workspace, 0, "ac")
     catalog = Catalog(open_store(str(workspace.root)), "test")
-    new = part_version(ray_session, workspace, part)
-    assert new.manifest["part_of"] == "upgrades/test/x" and new.manifest["documents"] == 2
+    new = part_version(ray_session, workspace, part, asked)
+    assert new.manifest["part_of"] == "upgrades/test/x" and new.manifest["documents"] == len(part)
     manifest = publish_mixed(ray_session, catalog, "run", old, new.version, None, QueryMode.BOTH)
     with OpenIndex(catalog, "live", manifest) as index:
         rows = index.search("any", 100, rows=True).rows

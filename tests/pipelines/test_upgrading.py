@@ -1,5 +1,6 @@
 """An index moves from one real model to another while it is searched, and through crashes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,18 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.pipelines import open_index
 from penstock.pipelines.mixed_format import is_mixed
+from penstock.pipelines.upgrade_views import upgrade_view
 from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
 
 from .conftest import MODEL, Document, Workspace, published_vectors
 
 OLD = {"model": MODEL, "precision": "float32", "layers": 3, "layers_trained": True, "batch_tokens": 2048}
 NEW = {"model": MODEL, "precision": "float32", "batch_tokens": 2048, "workers": {"count": 1}}
+
+
+def visits(number: int) -> int:
+    """Of all documents of the last file, and of every seventh more than of the others."""
+    return (1 + 99 * (number // 30 == 2)) * (1 + 9 * (number % 7 == 0))
 
 
 def workspace_of(folder: Path, texts: list[str]) -> Workspace:
@@ -39,7 +47,7 @@ def workspace_of(folder: Path, texts: list[str]) -> Workspace:
     }
     workspace = Workspace(folder, settings)
     documents: list[Document] = [
-        {"id": f"d{number:02d}", "text": text, "topic": f"t{number % 3}", "visits": 1 + 99 * (number // 30 == 2)}
+        {"id": f"d{number:02d}", "text": text, "topic": f"t{number % 3}", "visits": visits(number)}
         for number, text in enumerate(texts[:90])
     ]
     for part in range(3):
@@ -74,6 +82,7 @@ def test_an_index_moves_to_another_model_step_by_step(
     assert [round(step["share"], 1) for step in steps] == pytest.approx([0, 0.33, 0.67], abs=0.13)
     assert steps[0]["version"] == served["version"]
     assert record["flip"]["ndcg"] > steps[0]["ndcg"]
+    check_order(workspace.root, record)
     assert steps[0]["ndcg"] < record["flip"]["area_under_quality"] < record["flip"]["ndcg"]
     assert head(catalog) == record["flip"]["version"]
     encoded = record["canary"]["sample"]["throughput"]["encoded"] + record["flip"]["encoded"]
@@ -94,6 +103,26 @@ def test_an_index_moves_to_another_model_step_by_step(
     plan = workspace.pipeline().plan()  # whose file still names the old model
     assert not plan.alias_moves and "by upgrade: set embedding.model" in plan.notes[0]
     assert catalog.rollback("live", "test").version == old.version
+
+
+def check_order(root: Path, record: dict[str, Any]) -> None:
+    """Units go by their traffic, and a slice before the rest of its fragment."""
+    order = record["backfill"]["order"]
+    assert json.loads((root / record["upgrade"] / "upgrade.json").read_text())["order"] == order
+    assert [one["traffic"] for one in order] == sorted((one["traffic"] for one in order), reverse=True)
+    assert {one["by"] for one in order} == {"traffic"} and order[0]["slice"] and not order[-1]["slice"]
+    assert sum(one["rows"] for one in order) == record["flip"]["rows"]
+    rests = [one["fragment"] for one in order if one["slice"] is None]
+    sliced = [one["fragment"] for one in order if one["slice"] is not None]
+    assert len(set(rests)) == len(rests) and set(sliced) <= set(rests) and len(sliced) > 1
+    places = {(one["fragment"], one["slice"] is None): place for place, one in enumerate(order)}
+    assert all(places[name, False] < places[name, True] for name in sliced)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(upgrade_view(record))
+    assert f"passages ordered by: traffic {record['flip']['rows']}" in console.export_text()
+    missed = [one["residual"] for one in order if one["residual"] is not None]
+    assert all(0 < residual < 2 for residual in missed)
+    assert bool(missed) == record["bridge"]["bridges"]["directions"]["documents_to_new"]["stored"]
 
 
 def head(catalog: Catalog) -> str:
