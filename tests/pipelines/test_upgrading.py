@@ -107,8 +107,8 @@ def test_queries_of_a_compatible_model_search_the_old_index_until_the_flip(
     old one with a word, so that they are embedded again."""
     workspace = workspace_of(tmp_path, real_texts)
     prompts = {"query": " ".join(real_texts[-1].split()[:25]) + " ", "document": "notes: "}
-    workspace.settings["embedding"] = {**NEW, "prompts": prompts}
-    workspace.settings["upgrade"] |= {"compatible_with": MODEL, "traffic": None}
+    workspace.settings["embedding"] = deepcopy(NEW) | {"prompts": prompts}
+    workspace.settings["upgrade"] |= {"compatible_with": MODEL}
     old = workspace.pipeline().run()
     assert old is not None
     record = workspace.pipeline(upgrade__queries="bridge").upgrade()
