@@ -1,11 +1,12 @@
 """A whole upgrade, killed again and again, while a reader asks: what it saw, and what was embedded twice.
 
-    python benchmarks/upgrade_live.py [--documents 600] [--kills 3] [--work FOLDER] [--json]
+    python benchmarks/upgrade_live.py [--documents 600] [--kills 10] [--work FOLDER] [--json]
 
 Docstrings of the installed packages are published with all-MiniLM-L6-v2 pooled by its first token, and moved to the
 model as it is by `penstock upgrade`. At random moments its driver or a worker gets kill -9, and the command is given
 again. All along a thread asks the alias, with `follow`, for documents by their first lines. Afterwards every answer is
-checked against the vectors of the old and the new version: all its similarities must be of one space.
+checked against the vectors of the old and the new version: all its similarities must be of one space. At last the old
+version, the mixed ones in the middle and the new one are asked in turn, a text at a time, for their latency.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -44,7 +46,10 @@ BATCH = 16
 STEPS = 5
 FRAGMENT_BYTES = 16_384  # a fragment for each file, so that there are steps
 PAUSE_S = 0.1
-KILL_AFTER_S = (8.0, 45.0)
+KILL_AFTER_S = (8.0, 45.0)  # with three kills; with more, each run is shorter, so that the last ones find one to kill
+KILLS_AT_THAT = 3
+LEAST_SPAN_S = 10.0
+LATENCY_ROUNDS = 60
 CLOSE = 2e-3  # similarities of float16 vectors, and of the same texts in other batches
 
 
@@ -101,22 +106,28 @@ def penstock(*arguments: str) -> subprocess.Popen[str]:
 
 
 def upgraded(file: Path, kills: int, draw: random.Random) -> tuple[dict[str, Any], int]:
-    """Upgrade through so many kills; the last record, and how many kills found something to kill."""
-    killed = 0
-    for _ in range(kills):
+    """Upgrade through so many kills, or fewer where it ends before; the last record, and how many kills there were."""
+    first, last = KILL_AFTER_S
+    span = max(LEAST_SPAN_S, (last - first) * KILLS_AT_THAT / max(kills, KILLS_AT_THAT))
+    for killed in range(kills):
         process = penstock("upgrade", str(file), "--json")
         try:
-            process.wait(draw.uniform(*KILL_AFTER_S))
+            printed, _ = process.communicate(timeout=draw.uniform(first, first + span))
         except subprocess.TimeoutExpired:
             _kill(process, draw)
-            killed += 1
-        process.wait()
+            process.wait()
+        else:
+            return _record_of(process, printed), killed
     process = penstock("upgrade", str(file), "--json")
     printed, _ = process.communicate()
+    return _record_of(process, printed), kills
+
+
+def _record_of(process: subprocess.Popen[str], printed: str) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"the upgrade ended with {process.returncode}: {printed[-2_000:]}")
     record: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return record, killed
+    return record
 
 
 def _kill(process: subprocess.Popen[str], draw: random.Random) -> None:
@@ -198,6 +209,40 @@ class Audit:
         return found
 
 
+def latencies(catalog: Catalog, versions: dict[str, str], texts: Sequence[str]) -> dict[str, float]:
+    """Median milliseconds of one search for one text, by name of the version; asked in turn, so that what else the
+    machine does meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in versions}
+    with ExitStack() as opened:
+        indexes = {
+            name: opened.enter_context(OpenIndex(catalog, "latency", catalog.manifest(version)))
+            for name, version in versions.items()
+        }
+        for turn in range(LATENCY_ROUNDS + 1):
+            for name, index in indexes.items():
+                started = time.perf_counter()
+                index.search(texts[turn % len(texts)], K)
+                seconds[name].append(time.perf_counter() - started)
+    return {name: round(1000 * float(np.median(taken[1:])), 2) for name, taken in seconds.items()}
+
+
+def compared_latencies(catalog: Catalog, old: str, record: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """What an answer takes half way through the backfill, against the old version; and the adapters it had."""
+    mixed = half_way(catalog, record["backfill"]["steps"])
+    taken = latencies(catalog, {"old": old, "mixed": mixed, "new": record["flip"]["version"]}, texts)
+    return {
+        "latency_ms": taken,
+        "mixed_over_old_latency": round(taken["mixed"] / taken["old"], 2),
+        "mixed_adapters": [file["name"] for file in catalog.manifest(mixed)["files"] if "safetensors" in file["name"]],
+    }
+
+
+def half_way(catalog: Catalog, steps: Sequence[dict[str, Any]]) -> str:
+    """The mixed version of which the share that is embedded again is nearest to a half."""
+    there = [step for step in steps if step["part"] is not None and catalog.has_manifest(step["version"])]
+    return str(min(there, key=lambda step: abs(step["share"] - 0.5))["version"])
+
+
 def recalls(seen: Seen, relevant: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """Version → for each answer, whether the document asked for was found, in the order in which versions answered."""
     found: dict[str, list[float]] = {}
@@ -247,6 +292,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "recorded_embeddings": embedded,
         "distinct_texts": distinct,
         "wasted_embeddings": again,
+        **compared_latencies(catalog, old.version, record, asked),
         "recall_by_version": [
             {"version": version, "answers": len(values), **mean_interval(values, SEED).to_json()}
             for version, values in by_version.items()
@@ -282,6 +328,8 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(
             f"| {one['version']} | {one['answers']} | {one['estimate']:.3f} [{one['low']:.3f}, {one['high']:.3f}] |"
         )
+    took = ", ".join(f"{name} {value:.1f}" for name, value in found["latency_ms"].items())
+    lines += ["", f"milliseconds for one text (median): {took}"]
     lines += ["", f"reader: {found['searches']} searches, {found['reader_errors']} errors; mixed answers "]
     lines[-1] += (
         f"{found['mixed_answers']}; texts encoded again {found['wasted_embeddings']} of {found['distinct_texts']}"

@@ -1,5 +1,6 @@
 """Embed a corpus again, the most wanted first, and publish and measure on the way what is there so far."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from penstock.operators.backfill_order import has_fallen
 from penstock.operators.chunking import PassageType
 from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import Codec, Family
+from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines.backfill_units import BackfillUnit, embedded_first, find_units, fragments_of
 from penstock.pipelines.config import Index, Upgrade
 from penstock.pipelines.gate import failed
@@ -44,8 +46,6 @@ from penstock.pipelines.wanted import WantedTask, hub_occurrences, wanted_docume
 from penstock.pipelines.window import DailyWindow
 
 UNITS_VERSION = 1  # of the rules by which fragments are sliced and ordered
-# Fragments for each worker that are embedded before the clock is looked at again, where there is a window.
-FRAGMENTS_BETWEEN_LOOKS = 16
 LEASE_PAUSE_S = 5.0
 
 
@@ -83,7 +83,7 @@ class Backfill:
         head: the alias.
         old: the old version, and `old_index` how it was built: what parts are built by, where the file says auto.
         new: the new pipeline, its precision decided; facts: its passages fragments.
-        bridge: the folder of adapters that passed their gate, or None.
+        bridge: the folder of adapters that passed their gate; queries: how texts become queries of the old version.
         residuals: how far the adapter misses documents of the sample, by id; asked for when the order is found.
     """
 
@@ -98,7 +98,8 @@ class Backfill:
     old_index: Index
     new: Resolved
     facts: Sequence[FragmentFacts]
-    bridge: str | None
+    bridge: str
+    queries: QueryMode
     residuals: Callable[[], Mapping[str, float]] = dict
 
     @property
@@ -279,22 +280,22 @@ class Backfill:
 
     def _embed(self, fragments: list[str]) -> int:
         """The vectors of fragments that are missing, while the window is open; how many passages were encoded."""
-        embedded = embedded_of(self.new, self._known_facts)
-        done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
-        todo = [name for name in fragments if embedded.embeddings[name] not in done]
         window = None if self.settings.window is None else DailyWindow.parse(self.settings.window)
-        size = len(todo)
-        if window is not None:
-            workers = self.new.pipeline.embedding.workers
-            size = FRAGMENTS_BETWEEN_LOOKS * (workers.count or int(self.session.resources().get("CPU", 1)))
         encoded = 0
-        for start in range(0, len(todo), max(size, 1)):
+        while todo := self._not_embedded(fragments):
             self._wait(window)
             self._wait_for_others()
-            part = Part(frozenset(todo[start : start + size]), self.folder, self._slices)
-            work = embed_part(self._plan(self.new), self.origin, self.store, self.session, self.reporter, part)
+            part = Part(frozenset(todo), self.folder, self._slices)
+            work = embed_part(
+                self._plan(self.new), self.origin, self.store, self.session, self.reporter, part, _closing(window)
+            )
             encoded += work.encoded
         return encoded
+
+    def _not_embedded(self, fragments: list[str]) -> list[str]:
+        embedded = embedded_of(self.new, self._known_facts)
+        done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
+        return [name for name in fragments if embedded.embeddings[name] not in done]
 
     def _wait(self, window: DailyWindow | None) -> None:
         while window is not None and (pause_s := window.seconds_until_open(datetime.now())):
@@ -330,8 +331,12 @@ class Backfill:
     def _publish(self, run_id: str, part: str | None) -> dict[str, Any]:
         """The mixed version of the old one and a part; while nothing is embedded, it says the new model itself."""
         model = model_of(self.new) if part is None else None
-        queries = self.settings.queries
-        return publish_mixed(self.session, self.catalog, run_id, self.old, part, self.bridge, queries, model)
+        return publish_mixed(self.session, self.catalog, run_id, self.old, part, self.bridge, self.queries, model)
+
+
+def _closing(window: DailyWindow | None) -> float:
+    """When a window that is open now closes, in seconds since the epoch."""
+    return math.inf if window is None else time.time() + window.seconds_until_closed(datetime.now())
 
 
 def refuse_fall(before: dict[str, Any], record: dict[str, Any], settings: Upgrade) -> None:

@@ -10,6 +10,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 44, 46
 ROW_HEIGHT, NAMES_WIDTH = 28, 270
 MOST_LABELS = 12
 STEPS = 4
+NICE_STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)  # of shares, from one line to the next
+LETTER = 7.6  # pixels that a letter of a legend takes, at most but for W and M
 STYLE = "font-family: system-ui, sans-serif; font-size: 12px; fill: #111827"
 
 
@@ -23,11 +25,13 @@ def histogram_svg(title: str, axis: str, series: Mapping[str, Mapping[str, Any]]
     edges, open_ended = next(iter(series.values()))["edges"], next(iter(series.values()))["open_ended"]
     filled = [number for number in range(len(shares[0])) if any(one[number] for one in shares)]
     first, last = min(filled), max(filled)
-    top = max(max(one) for one in shares) * 1.05
+    step = next(step for step in NICE_STEPS if STEPS * step >= max(max(one) for one in shares))
+    top = STEPS * step
     slot = (WIDTH - LEFT - RIGHT) / (last - first + 1)
-    parts = _frame(title, axis, top)
+    parts = _frame(title, axis, step)
+    apart = max(map(len, series)) * LETTER + 30
     for place, colour, (name, one) in zip(range(len(series)), COLOURS, series.items(), strict=False):
-        parts.append(_legend(name, colour, place))
+        parts.append(_legend(name, colour, LEFT + apart * place))
         for number in range(first, last + 1):
             share = one["shares"][number]
             high = share / top * (HEIGHT - TOP - BOTTOM)
@@ -37,8 +41,10 @@ def histogram_svg(title: str, axis: str, series: Mapping[str, Mapping[str, Any]]
                 f'<rect x="{across:.1f}" y="{HEIGHT - BOTTOM - high:.1f}" width="{slot * 0.9 / len(series):.1f}" '
                 f'height="{high:.1f}" fill="{colour}"><title>{escape(words)}</title></rect>'
             )
-    every = -(-(last - first + 1) // MOST_LABELS)
-    for number in range(first, last + 1, every):
+    every = 1
+    while last - first + 1 > MOST_LABELS * every:
+        every *= 2  # of edges from -1 to 1, these are round ones
+    for number in range(first + -first % every, last + 1, every):
         parts.append(_text(LEFT + (number - first) * slot, HEIGHT - BOTTOM + 16, f"{edges[number]:g}", "middle"))
     return "\n".join([*parts, "</svg>"])
 
@@ -73,13 +79,13 @@ def intervals_svg(title: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -
     return "\n".join([*parts, "</svg>"])
 
 
-def _frame(title: str, axis: str, top: float) -> list[str]:
-    """The opening, the title and the grid of shares."""
+def _frame(title: str, axis: str, share: float) -> list[str]:
+    """The opening, the title and the grid of shares, of which a line is at each multiple of one."""
     parts = [_opening(HEIGHT), _text(10, 20, title, weight="600")]
     for step in range(STEPS + 1):
         down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * step / STEPS
         parts.append(f'<line x1="{LEFT}" y1="{down:.1f}" x2="{WIDTH - RIGHT}" y2="{down:.1f}" stroke="#e5e7eb"/>')
-        parts.append(_text(LEFT - 6, down + 4, f"{top * step / STEPS:.1%}", "end"))
+        parts.append(_text(LEFT - 6, down + 4, f"{100 * share * step:g} %", "end"))
     return [*parts, _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, axis, "middle")]
 
 
@@ -90,9 +96,8 @@ def _opening(height: int) -> str:
     )
 
 
-def _legend(name: str, colour: str, place: int) -> str:
-    across = LEFT + 130 * place
-    return f'<rect x="{across}" y="28" width="10" height="10" fill="{colour}"/>' + _text(across + 15, 37, name)
+def _legend(name: str, colour: str, across: float) -> str:
+    return f'<rect x="{across:.1f}" y="28" width="10" height="10" fill="{colour}"/>' + _text(across + 15, 37, name)
 
 
 def _bin(edges: Sequence[float], number: int, open_ended: bool) -> str:

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -13,14 +14,15 @@ from penstock.cluster.storage import Store
 from penstock.operators.adapters import Adapter
 from penstock.operators.backfill_order import adapter_residuals
 from penstock.operators.bridge_trials import BridgeTask, FittedBridge, fit_bridge
-from penstock.operators.bridging import LEAST_RECOVERY, BridgeRecord, Direction, Verdict
+from penstock.operators.bridging import LEAST_RECOVERY, BridgeRecord, Direction, Verdict, WrongSpace
 from penstock.operators.identity import fingerprint
 from penstock.operators.paired_samples import PairedSample, sampled_compatibility
 from penstock.pipelines.canary_sample import TakenSample
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.records import read_json, write_json
 
-BRIDGES_VERSION = 1
+BRIDGES_VERSION = 2
+RECORD = "record.json"
 
 
 def fit_bridges(
@@ -61,6 +63,8 @@ def fit_bridges(
         "version": BRIDGES_VERSION,
         "fingerprint": name,
         "sample": taken.fingerprint,
+        "old": asdict(taken.paired.old.identity),
+        "new": asdict(taken.paired.new.identity),
         "seed": taken.paired.seed,
         "least_recovery": least_recovery,
         "declared_compatible": declared_compatible,
@@ -71,6 +75,28 @@ def fit_bridges(
     }
     write_json(store, _record_path(name), record)
     return record
+
+
+def read_compatibility(store: Store, folder: str | None, spaces: tuple[str, str]) -> dict[str, Any] | None:
+    """What was measured of new queries in the old index, where they find more than old ones; None where they do not.
+
+    Args:
+        folder: of bridges. spaces: the old and the new one.
+
+    Raises:
+        WrongSpace: the bridges are between others.
+    """
+    record = None if folder is None else read_json(store, f"{folder}/{RECORD}")
+    if record is None:
+        return None
+    stated = (record["old"]["space"], record["new"]["space"])
+    if stated != spaces:
+        raise WrongSpace(
+            f"queries from space {spaces[1][:16]} to {spaces[0][:16]} must have been measured to be compatible, but "
+            f"{folder} is about queries from space {stated[1][:16]} to {stated[0][:16]}; measure them again"
+        )
+    figures: dict[str, Any] | None = record["compatibility"]
+    return figures if figures is not None and figures["difference"]["low"] > 0 else None
 
 
 def answers_through_bridge(bridges: Mapping[str, Any]) -> bool:
@@ -117,7 +143,7 @@ def sample_residuals(store: Store, name: str, sample: PairedSample) -> dict[str,
 
 
 def _record_path(name: str) -> str:
-    return f"bridges/{name}/record.json"
+    return f"bridges/{name}/{RECORD}"
 
 
 def _stored(store: Store, name: str, fitted: FittedBridge) -> dict[str, Any]:

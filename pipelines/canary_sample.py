@@ -101,9 +101,11 @@ class Canary:
         vectors are nearly all known.
 
         Raises:
-            ValueError: fewer than FEWEST_PASSAGES passages have vectors of both models.
+            ValueError: fewer than FEWEST_PASSAGES passages have vectors of both models, or the old model's need
+                documents that the sample lacks.
             QueriesInvalid: the file of queries or judgements cannot be used.
         """
+        _refuse_lost_documents(self.pair)
         asked = self._asked()
         parts = self._sampled(asked.judged_documents)
         drawn = first_drawn(parts.drawn, self.passages, self.seed)
@@ -316,6 +318,16 @@ def sample_facts(fragment: SampleFragment) -> FragmentFacts:
         duplicate_texts=0,
         digest=0,
     )
+
+
+def _refuse_lost_documents(pair: ModelPair) -> None:
+    old, new = (one.chunker.kind for one in pair.both)
+    if old is PassageType.LATE and new is not PassageType.LATE:
+        raise ValueError(
+            f"passages.type ({new}) of the new pipeline must be late, as that of version {pair.manifest['version']}, "
+            "whose model embeds passages within their documents: a sample of other passages has none; keep it, and "
+            "change it with `penstock reindex` afterwards"
+        )
 
 
 def _embeddings_names(resolved: Resolved, fragments: Sequence[SampleFragment]) -> dict[str, str]:

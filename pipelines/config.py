@@ -493,7 +493,7 @@ class Upgrade(Section):
     tolerance: Share = Field(
         0.0, description="Share of the old version's quality that may go; the rest must stay, by confidence interval."
     )
-    queries: QueryMode = Field(
+    queries: Literal[QueryMode.BOTH, QueryMode.BRIDGE] = Field(
         QueryMode.BOTH,
         description="both: queries are encoded with both models while both are live; bridge: with the new one, "
         "and mapped for old vectors.",
@@ -508,7 +508,9 @@ class Upgrade(Section):
         None, description="A JSONL file of asked queries (text, and count if not 1): what they find goes first."
     )
     max_workers: Count | None = Field(None, description="Encoder workers at most.")
-    window: Window | None = Field(None, description="Local time of day in which to embed, as in 01:00-06:00.")
+    window: Window | None = Field(
+        None, description="Local time of day in which to embed all but the sample, as in 01:00-06:00."
+    )
     prices: Prices = Prices()
     compatible_with: Text | None = Field(
         None, description="The old model, if the new one was trained to answer from its index; measured before use."

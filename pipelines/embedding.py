@@ -1,5 +1,6 @@
 """Make the vectors of passages: the encoder workers, what they are told, and the vectors that are known already."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,15 +52,21 @@ class Embedding:
         )
 
     def embed(
-        self, fingerprint: str, fragments: Mapping[str, str], todo: Sequence[FragmentFacts], pool: Pool
+        self,
+        fingerprint: str,
+        fragments: Mapping[str, str],
+        todo: Sequence[FragmentFacts],
+        pool: Pool,
+        closes_at: float = math.inf,
     ) -> tuple[list[Work], dict[str, Any] | None]:
         """Embed fragments of passages; the work done, and what the workers did, for people and machines.
 
         Args:
             fingerprint: of the embeddings stage.
             fragments: the embeddings fragment of each passages fragment.
+            closes_at: when no more fragments are begun, in seconds since the epoch.
         """
-        job = self.job(fingerprint)
+        job = replace(self.job(fingerprint), closes_at=closes_at)
         donors = self._donors(fingerprint)
         if donors:
             job = replace(job, known=self._known(job, todo, donors))

@@ -21,6 +21,7 @@ from penstock.operators.bridging import BridgeRecord, Direction
 from penstock.operators.encoding import ModelMismatch
 from penstock.operators.identity import fingerprint
 from penstock.operators.mixed_spaces import QueryMode
+from penstock.pipelines.bridges import read_compatibility
 from penstock.pipelines.mixed_format import ADAPTER_KINDS, MIXED_FORMAT, adapter_file, refuse_mixed
 from penstock.pipelines.model_identity import identity_words, is_one_space
 from penstock.pipelines.publishing import lineage_fragments, publish_manifest, shards_of
@@ -56,14 +57,16 @@ def publish_mixed(
         old: the version that answered so far.
         new: a version of the new pipeline over a part of the corpus; None while nothing is embedded.
         bridge: a folder of the store with `queries_to_old` and `documents_to_new`, each .safetensors and .json (a
-            BridgeRecord): those that are there. None for none.
+            BridgeRecord): those that are there; for queries as they are, with the `record.json` that says that they
+            may. None for none.
         queries: how texts become queries of the old version.
         model: the `model` of the new pipeline's manifests, where `new` is None; without it, and without adapters, the
             old one's.
 
     Raises:
-        BridgeUnfit: an adapter's verdict does not pass, or mode bridge without an adapter of queries.
-        WrongSpace: an adapter leads between other spaces than those of the versions.
+        BridgeUnfit: an adapter's verdict does not pass, mode bridge without an adapter of queries, or mode direct where
+            they were not measured to find more than the old model's.
+        WrongSpace: an adapter, or what was measured, is between other spaces than those of the versions.
         ModelMismatch: `model` is not that of the new version.
         PartUnfit: a version that failed its gate.
         MixedUnsupported: a version that is mixed itself.
@@ -77,13 +80,15 @@ def publish_mixed(
             f"queries ({queries}) need an adapter from {_named(mixture.model)} to {_named(mixture.old['model'])}, got "
             f"none in {bridge or 'no folder'}; fit one that passes its gate, or let both models encode queries"
         )
+    measured = _compatibility(catalog.store, bridge, mixture) if queries is QueryMode.DIRECT else None
     version = _version(mixture, adapters, queries)
     if catalog.has_manifest(version):
         return catalog.manifest(version)
     folder = catalog.version_folder(version)
     files = _place_adapters(catalog.store, folder, adapters)
     shards = _superseded(session, catalog, folder, mixture)
-    return publish_manifest(catalog, _manifest(mixture, version, run_id, queries, files, shards))
+    manifest = _manifest(mixture, version, run_id, queries, files, shards)
+    return publish_manifest(catalog, manifest | ({"compatibility": measured} if measured else {}))
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,19 @@ def _refuse_unfit(direction: Direction, adapter: Adapter, record: BridgeRecord, 
             f"{verdict.least_recovery:g} of the reference, and more than its control, got {verdict.recovery.low:.4f} "
             f"and {verdict.over_control.low:+.4f} as lower bounds; leave it out, or fit it to more pairs"
         )
+
+
+def _compatibility(store: Store, bridge: str | None, mixture: _Mixture) -> dict[str, Any]:
+    """What was measured of new queries in the old version, which is asked with them as they are."""
+    spaces = (str(mixture.old["model"]["space"]), str(mixture.model["space"]))
+    measured = read_compatibility(store, bridge, spaces)
+    if measured is None:
+        raise BridgeUnfit(
+            f"queries ({QueryMode.DIRECT}) of {_named(mixture.model)} must be measured to find more in version "
+            f"{mixture.old['version']} than those of {_named(mixture.old['model'])}, by the lower bound of the "
+            f"difference, got none such in {bridge or 'no folder'}; let both models encode queries, or fit an adapter"
+        )
+    return measured
 
 
 def _version(mixture: _Mixture, adapters: dict[Direction, tuple[bytes, bytes]], queries: QueryMode) -> str:

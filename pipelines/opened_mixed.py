@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.cluster.catalog import Catalog
+from penstock.cluster.file_cache import DamagedFile
 from penstock.cluster.jobs.shards import FileRecord
 from penstock.cluster.jobs.superseded import LINKS, NAMES, SUPERSEDED, open_links, open_names, open_superseded
 from penstock.cluster.published import hold_file
@@ -27,6 +28,7 @@ from penstock.operators.mixed_spaces import (
     fill_places,
     merge_within_space,
 )
+from penstock.operators.models import ModelUnavailable
 from penstock.operators.searching import Hits, SearchParameters, StoredVectors, empty_hits, merge_hits
 from penstock.pipelines.mixed_format import MixedParts
 from penstock.pipelines.model_identity import is_one_space
@@ -44,7 +46,7 @@ from penstock.pipelines.opened import (
     opened,
     query_vectors,
 )
-from penstock.pipelines.query_encoder import QueryEncoder
+from penstock.pipelines.query_encoder import CodeNotTrusted, QueryEncoder
 
 # Old passages that are compared again in the new space, for each of k. Between spaces that an adapter passes between
 # (384 and 256 dimensions, mean and first token; 4,000 abstracts and docstrings, a tenth embedded again) 4 find 0.997
@@ -87,11 +89,20 @@ class Bridge:
 
 
 @dataclass(frozen=True, eq=False)
+class _Merging:
+    """The way of one search, and the adapter of old vectors that it needs: None but for ADAPTED."""
+
+    way: Way
+    documents: Bridge | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Asked:
     """Query vectors of the spaces that are searched: float32 (q, d) each, None where none is."""
 
     new: np.ndarray | None
     old: np.ndarray | None
+    merging: _Merging
 
 
 class OpenMixed:
@@ -145,11 +156,21 @@ class OpenMixed:
 
     @property
     def way(self) -> Way:
-        """How this version's hits are merged: fixed by what is in it, whatever a degraded search has to do without."""
+        """How this version's hits are merged now: fixed by what is in it, whatever a degraded search has to do without,
+        but that without its adapter of documents, while that cannot be read, new hits take places."""
+        return self._merging().way
+
+    def _merging(self) -> _Merging:
         if not (self._named.old_live and self._named.new_live) or self._one_space:
-            return Way.ONE_SPACE
-        adapted = Direction.DOCUMENTS_TO_NEW in self._bridges and self.old.manifest["stored"] is not None
-        return Way.ADAPTED if adapted else Way.PLACES
+            return _Merging(Way.ONE_SPACE)
+        stored = self.old.manifest["stored"] is not None
+        bridge = self._bridge(Direction.DOCUMENTS_TO_NEW) if stored else None
+        return _Merging(Way.PLACES) if bridge is None else _Merging(Way.ADAPTED, bridge)
+
+    def _bridge(self, direction: Direction) -> Bridge | None:
+        """An adapter; None where there is none, or while it cannot be read: the log says why."""
+        bridge = self._bridges.get(direction)
+        return None if bridge is None else bridge.attempt()
 
     def search(self, queries: str | Sequence[str] | np.ndarray, request: Request) -> Found:
         """See `OpenIndex.search`."""
@@ -161,7 +182,7 @@ class OpenMixed:
 
         hits, rows = merge_readable(searched.hits, merge, self._shards, request, self.version)
         coverage = searched.coverage(searched.hits)
-        return Found(hits.ids, hits.similarities, self.version, coverage, rows, self.way is Way.PLACES)
+        return Found(hits.ids, hits.similarities, self.version, coverage, rows, asked.merging.way is Way.PLACES)
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table:
         """See `OpenIndex.duplicates`; a passage that is a row of the new part is nobody's duplicate any more."""
@@ -182,8 +203,8 @@ class OpenMixed:
                 for files in (self._live.masks, self._names):
                     if number in files:
                         files[number].get()
-        for bridge in self._bridges.values():
-            bridge.get()
+        for direction in self._bridges:
+            self._bridge(direction)
         if any(encoder.loaded for encoder in before.encoders):
             for encoder in self._encoders_of_texts():
                 encoder.load()
@@ -192,37 +213,51 @@ class OpenMixed:
 
     def _encoders_of_texts(self) -> list[QueryEncoder]:
         """The models that texts need."""
-        bridged = self._named.queries is QueryMode.BRIDGE
-        by_new = [self.encoder] if bridged or self._named.new_live else []
-        return by_new if bridged or not self._named.old_live else [*by_new, self.old.encoder]
+        by_one = self._named.queries is not QueryMode.BOTH
+        by_new = [self.encoder] if by_one or self._named.new_live else []
+        return by_new if by_one or not self._named.old_live else [*by_new, self.old.encoder]
 
     def _asked(self, queries: str | Sequence[str] | np.ndarray) -> _Asked:
         if isinstance(queries, np.ndarray) or self.encoder in self._encoders_of_texts():
             new = query_vectors(queries, self.manifest, self.encoder)
-            return _Asked(new, self._old_queries(queries, new))
-        return _Asked(None, self.old.vectors(queries))
+            return _Asked(new, self._old_queries(queries, new), self._merging())
+        return _Asked(None, self.old.vectors(queries), self._merging())
 
     def _old_queries(self, queries: str | Sequence[str] | np.ndarray, new: np.ndarray) -> np.ndarray | None:
         """The queries in the old part's space; None where nothing of it counts."""
         texts, one_space = not isinstance(queries, np.ndarray), self._one_space
         if not self._named.old_live:
             return None
+        if self._named.queries is QueryMode.DIRECT:
+            return new
         if one_space and (not texts or self.encoder is self.old.encoder):
             return new
         if texts and (one_space or self._named.queries is QueryMode.BOTH):
             return self.old.vectors(queries)
-        return self._bridged(new)
+        bridge = self._bridge(Direction.QUERIES_TO_OLD)
+        return self._without_bridge(queries) if bridge is None else bridge.adapter.apply(new)
 
-    def _bridged(self, queries: np.ndarray) -> np.ndarray:
-        bridge = self._bridges.get(Direction.QUERIES_TO_OLD)
-        if bridge is None:
-            old, new = self.old.manifest["model"], self.manifest["model"]
-            raise ModelMismatch(
-                f"queries given as vectors of {new['reference']} (space {new['space'][:16]}) cannot be compared with "
-                f"the {self._named.old_live} passages of version {self.version} that are in space {old['space'][:16]} "
-                f"of {old['reference']}, as it has no adapter of queries; ask with texts, or wait for the upgrade's end"
-            )
-        return bridge.get().adapter.apply(queries)
+    def _without_bridge(self, queries: str | Sequence[str] | np.ndarray) -> np.ndarray:
+        """The queries in the old space without the adapter of queries, which is not there or cannot be read: texts by
+        the old model."""
+        old, new = self.old.manifest["model"], self.manifest["model"]
+        unreadable = f"its adapter {Direction.QUERIES_TO_OLD} cannot be read, the log says why"
+        if not isinstance(queries, np.ndarray):
+            try:
+                return self.old.vectors(queries)
+            except (ModelUnavailable, ModelMismatch, CodeNotTrusted) as error:
+                raise DamagedFile(
+                    f"version {self.version} cannot be asked with texts: {unreadable}, and the old model "
+                    f"{old['reference']}, which does without it, is not at hand: {error}"
+                ) from error
+        refused = (
+            f"queries given as vectors of {new['reference']} (space {new['space'][:16]}) cannot be compared with "
+            f"the {self._named.old_live} passages of version {self.version} that are in space {old['space'][:16]} "
+            f"of {old['reference']}, as "
+        )
+        if Direction.QUERIES_TO_OLD in self._bridges:
+            raise DamagedFile(f"{refused}{unreadable}; ask with texts, or restore it")
+        raise ModelMismatch(f"{refused}it has no adapter of queries; ask with texts, or wait for the upgrade's end")
 
     def _lazy_bridges(self, store: Store, folder: str) -> dict[Direction, Lazily[Bridge]]:
         spaces = (self._new_space, self._old_space)
@@ -241,12 +276,12 @@ class OpenMixed:
 
     def _find(self, asked: _Asked, request: Request) -> Searched:
         """What the shards of both parts answer, each in its own space."""
-        found = []
+        found, way = [], asked.merging.way
         if self.new and self._named.new_live and asked.new is not None:
             found.append(self.new.find(asked.new, request))
         if asked.old is not None:
-            places = self.way is Way.PLACES
-            old = self._find_places(asked.old, request) if places else self._find_live(asked.old, request)
+            places = way is Way.PLACES
+            old = self._find_places(asked.old, request) if places else self._find_live(asked.old, request, way)
             found.append(old.renumbered(self._first_old))
         return Searched(
             {number: rows for part in found for number, rows in part.rows.items()},
@@ -254,9 +289,10 @@ class OpenMixed:
             {number: hits for part in found for number, hits in part.hits.items()},
         )
 
-    def _find_live(self, queries: np.ndarray, request: Request) -> Searched:
+    def _find_live(self, queries: np.ndarray, request: Request, way: Way) -> Searched:
         """Of the old part what counts: more than k, where hits are compared again."""
-        return self._named_now(self.old.find(queries, replace(request, k=self._depth(request.k)), self._live), request)
+        deeper = replace(request, k=_depth(request.k, way))
+        return self._named_now(self.old.find(queries, deeper, self._live), request)
 
     def _find_places(self, queries: np.ndarray, request: Request) -> Searched:
         """The old ranking of all rows, as before; without shards of which it cannot be told what is superseded."""
@@ -279,22 +315,12 @@ class OpenMixed:
             searched.hits[number] = replace(hits, ids=np.where(rows[place] == hits.rows, ids[place], hits.ids))
         return searched
 
-    def _depth(self, k: int) -> int:
-        """How many hits of the old part are asked for."""
-        match self.way:
-            case Way.ADAPTED:
-                return k * COMPARED_PER_HIT
-            case Way.ONE_SPACE | Way.PLACES:
-                return k
-            case _:
-                assert_never(self.way)
-
     def _merged(self, parts: dict[int, Hits], asked: _Asked, k: int) -> Hits:
         found_new = [hits for number, hits in parts.items() if number < self._first_old]
         found_old = [hits for number, hits in parts.items() if number >= self._first_old]
         new = SpacedHits(self._new_space, merge_hits(found_new, k)) if found_new else None
-        old = SpacedHits(self._old_space, merge_hits(found_old, self._depth(k))) if found_old else None
-        if self.way is Way.PLACES:
+        old = SpacedHits(self._old_space, merge_hits(found_old, _depth(k, asked.merging.way))) if found_old else None
+        if asked.merging.way is Way.PLACES:
             return self._in_places(old, new, k)
         spaced = [new, self._comparable(old, asked) if old else None]
         return merge_within_space([part for part in spaced if part], k).hits
@@ -320,9 +346,9 @@ class OpenMixed:
 
     def _comparable(self, old: SpacedHits, asked: _Asked) -> SpacedHits:
         """Hits of the old part in the space that they are merged in, where there is a way into it."""
-        if self.way is not Way.ADAPTED or asked.new is None:
+        bridge = asked.merging.documents
+        if bridge is None or asked.new is None:
             return old
-        bridge = self._bridges[Direction.DOCUMENTS_TO_NEW].get()
         vectors = {
             number: AdaptedVectors(stored, bridge.adapter, bridge.length)
             for number in np.unique(old.hits.shards[old.hits.shards >= 0]).tolist()
@@ -347,6 +373,17 @@ class OpenMixed:
 
     def _renumbered(self, shards: dict[int, OpenShard]) -> dict[int, OpenShard]:
         return {number + self._first_old: shard for number, shard in shards.items()}
+
+
+def _depth(k: int, way: Way) -> int:
+    """How many hits of the old part are asked for."""
+    match way:
+        case Way.ADAPTED:
+            return k * COMPARED_PER_HIT
+        case Way.ONE_SPACE | Way.PLACES:
+            return k
+        case _:
+            assert_never(way)
 
 
 def _live_rows(store: Store, folder: str, named: MixedParts) -> LiveRows:

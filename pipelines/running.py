@@ -1,5 +1,6 @@
 """Carry out a plan: stage by stage, resumable after each fragment, published only through the gate."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -190,9 +191,18 @@ def prepare(
 
 
 def embed_part(
-    plan: Plan, origin: Origin, store: Store, session: Session, reporter: Reporter, part: Part
+    plan: Plan,
+    origin: Origin,
+    store: Store,
+    session: Session,
+    reporter: Reporter,
+    part: Part,
+    closes_at: float = math.inf,
 ) -> StageEntry:
     """The vectors of a part that are missing, and what making them took.
+
+    Args:
+        closes_at: when no more fragments are begun, in seconds since the epoch: what is left then is for another call.
 
     Raises:
         LeaseHeld, StoreUnsuitable: as `execute`.
@@ -200,7 +210,7 @@ def embed_part(
     store.probe()
     run = Run(plan.resolved, origin, store, session, reporter, new_run_id(plan.resolved.pipeline.name), part)
     with acquire(store, plan.resolved.pipeline.name, run.run_id):
-        return run.embed()
+        return run.embed(closes_at)
 
 
 def tune(
@@ -308,11 +318,11 @@ class Run:
         self._decide_precision(facts)
         return self.resolved, facts
 
-    def embed(self) -> StageEntry:
-        """All stages that end with vectors; the entry of the last."""
+    def embed(self, closes_at: float = math.inf) -> StageEntry:
+        """All stages that end with vectors, of which the last may close before it is done; its entry."""
         embedded = embedded_of(self.resolved, self._taken(self.prepare()[1]))
         self._write_stage_record(EMBEDDINGS, embedded.embeddings_fingerprint)
-        self._embeddings(embedded)
+        self._embeddings(embedded, closes_at)
         return self._entries[-1]
 
     def _vectors(self) -> tuple[Embedded, list[Receipt]]:
@@ -562,7 +572,7 @@ class Run:
                 self._reporter.warn(unmet(self._tuning))
         self.resolved = resolved
 
-    def _embeddings(self, chain: Embedded) -> list[Receipt]:
+    def _embeddings(self, chain: Embedded, closes_at: float = math.inf) -> list[Receipt]:
         started = time.monotonic()
         done = finished_fragments(self._store, EMBEDDINGS, chain.embeddings_fingerprint)
         kept = [fact for fact in chain.facts if fact.kept]
@@ -572,11 +582,14 @@ class Run:
         if todo:
             embedding = self._embedding()
             pool = embedding.pool(len(todo))
-            works, self._encoder = embedding.embed(chain.embeddings_fingerprint, chain.embeddings, todo, pool)
+            works, self._encoder = embedding.embed(
+                chain.embeddings_fingerprint, chain.embeddings, todo, pool, closes_at
+            )
         fresh = {work.receipt.fragment: work.receipt for work in works}
-        earlier = [name for name in chain.embeddings.values() if name not in fresh]
+        left = {chain.embeddings[fact.passages] for fact in todo} - fresh.keys() if closes_at < math.inf else set()
+        earlier = [name for name in chain.embeddings.values() if name not in fresh and name not in left]
         receipts = [*fresh.values(), *self._receipts(EMBEDDINGS, chain.embeddings_fingerprint, sorted(earlier))]
-        entry = _entry(EMBEDDINGS, works, len(kept), started)
+        entry = _entry(EMBEDDINGS, works, len(kept) - len(left), started)
         capacity_s = entry.seconds * (pool.most if pool else 0)
         self._entries.append(
             replace(

@@ -8,7 +8,9 @@ from penstock.pipelines.bar_plots import histogram_svg, intervals_svg
 from penstock.pipelines.pages import STYLE
 
 MORE_STYLE = """
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+h1, p { overflow-wrap: anywhere }
+td.number, th + th { text-align: right; font-variant-numeric: tabular-nums }
+details { margin: .6rem 0 }
 th:first-child, td:first-child { width: 14rem }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem }
 .no { background: #fee2e2 }
@@ -32,6 +34,9 @@ FIGURES = {
     "hub_share": "share of hubs",
     "hub_occupancy": "places taken by hubs",
 }
+
+SHOWN_FITS = 8
+LEAST_SHOWN = 1e-4
 
 
 def canary_page(record: Mapping[str, Any]) -> str:
@@ -125,20 +130,24 @@ def _pairings(record: Mapping[str, Any]) -> str:
             "Agreement with the old model", [(words, one["agreement"]) for words, one in found]
         )
     k = record["k"]
+    own = PAIRINGS["old_to_old"]
     rows = [
-        [words, *(_interval(one[name]) for name in ("recall", "ndcg", "ndcg_change")), _flips(one["flips"])]
+        [words, _interval(one["recall"]), _interval(one["ndcg"])]
+        + (["", ""] if words == own else [_interval(one["ndcg_change"]), _flips(one["flips"])])
         for words, one in found
     ]
     table = _table(["", f"recall@{k}", f"nDCG@{k}", "change of nDCG", "became wrong / right"], rows)
-    return table + intervals_svg(
-        f"nDCG@{k}, with 95 % confidence intervals", [(words, one["ndcg"]) for words, one in found]
-    )
+    lost = [_lost(words, one["flips"]["negative_queries"]) for words, one in found if one["flips"]["negative_queries"]]
+    plot = intervals_svg(f"nDCG@{k}, with 95 % confidence intervals", [(words, one["ndcg"]) for words, one in found])
+    return "\n".join([table, *lost, plot])
 
 
 def _flips(flips: Mapping[str, Any]) -> str:
-    lost = ", ".join(flips["negative_queries"])
-    shares = f"{flips['negative']['estimate']:.1%} / {flips['positive']['estimate']:.1%}"
-    return shares + (f" (became wrong, among others: {lost})" if lost else "")
+    return f"{flips['negative']['estimate']:.1%} / {flips['positive']['estimate']:.1%}"
+
+
+def _lost(words: str, queries: Sequence[str]) -> str:
+    return f"<p><small>Became wrong with {escape(words)}, among others: {escape(', '.join(queries))}</small></p>"
 
 
 def _bridges(bridges: Mapping[str, Any]) -> str:
@@ -147,7 +156,7 @@ def _bridges(bridges: Mapping[str, Any]) -> str:
             "<p>None is needed: the new model is declared compatible, and its queries answer better from the old index "
             "than the old model's do.</p>"
         )
-    parts = []
+    parts = [f"<p>{escape(_not_compatible(bridges))}</p>"] if bridges["declared_compatible"] else []
     for direction, words in DIRECTIONS.items():
         one = bridges["directions"][direction]
         verdict = one["record"]["verdict"]
@@ -162,8 +171,23 @@ def _bridges(bridges: Mapping[str, Any]) -> str:
             [fit_words(fit), _interval(fit["quality"]), "chosen" if same_fit(fit, chosen) else ""]
             for fit in best_first(one["record"]["candidates"])
         ]
-        parts.append(_table(["fit", "quality on held-out queries", ""], rows))
+        heads = ["fit", "quality on held-out queries", ""]
+        parts.append(_table(heads, rows[:SHOWN_FITS]))
+        if len(rows) > SHOWN_FITS:
+            others = _table(heads, rows[SHOWN_FITS:])
+            parts.append(f"<details><summary>{len(rows) - SHOWN_FITS} other fits</summary>{others}</details>")
     return "\n".join(parts)
+
+
+def _not_compatible(bridges: Mapping[str, Any]) -> str:
+    """Why a model that is declared compatible is bridged all the same."""
+    figures = bridges["compatibility"]
+    if figures is None:
+        return "The new model is declared compatible, which cannot be measured here: judgements and equal dimensions."
+    return (
+        "The new model is declared compatible, but was not measured to be: the nDCG of its queries in the old index, "
+        f"less that of the old model's, is {_interval(figures['difference'])}, which is not above 0."
+    )
 
 
 def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -203,7 +227,7 @@ def _drift(record: Mapping[str, Any]) -> str:
     if record["why"] is not None:
         return f"<p>Not compared: {escape(record['why'])}.</p>"
     rows = [
-        [FIGURES[rule["figure"]], *(f"{rule[name]:.4f}" for name in ("before", "after", "change", "most"))]
+        [FIGURES[rule["figure"]], *(figure_text(rule[name]) for name in ("before", "after", "change", "most"))]
         + ["alarm" if rule["alarm"] else "well"]
         for rule in record["drift"]
     ]
@@ -211,7 +235,7 @@ def _drift(record: Mapping[str, Any]) -> str:
 
 
 def _health_table(spaces: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [[words, *(f"{health[name]:.4g}" for health in spaces.values())] for name, words in FIGURES.items()]
+    rows = [[words, *(figure_text(health[name]) for health in spaces.values())] for name, words in FIGURES.items()]
     return _table(["", *spaces], rows)
 
 
@@ -219,15 +243,24 @@ def _space_plots(spaces: Mapping[str, Mapping[str, Any]]) -> str:
     plots = [
         histogram_svg(title, axis, {name: one[kind] for name, one in spaces.items()})
         for kind, title, axis in (
-            ("cosines", "Random pairs of rows", "cosine"),
-            ("occurrences", "How often a row is among the ten nearest of others", "times, from"),
+            ("cosines", "Share of random pairs of rows, by cosine", "cosine"),
+            (
+                "occurrences",
+                "Share of rows, by how often they are among the ten nearest of others",
+                "times: a bar is from its number to below the next",
+            ),
         )
     ]
     return '<div class="plots">' + "\n".join(plots) + "</div>"
 
 
+def figure_text(value: float) -> str:
+    """A figure of a space with the digits that a sample can tell: rounding errors are nothing."""
+    return f"{value:.4g}" if abs(value) >= LEAST_SHOWN else "0"
+
+
 def _interval(interval: Mapping[str, float]) -> str:
-    return f"{interval['estimate']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
+    return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

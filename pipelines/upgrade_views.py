@@ -10,9 +10,16 @@ from rich.text import Text
 from penstock.pipelines.backfill_units import OrderedBy
 from penstock.pipelines.backfilling import quality_text
 from penstock.pipelines.reporting import records_table
-from penstock.pipelines.upgrade_pages import DIRECTIONS, FIGURES, PAIRINGS, best_first, fit_words, same_fit
-
-SHOWN_FITS = 8
+from penstock.pipelines.upgrade_pages import (
+    DIRECTIONS,
+    FIGURES,
+    PAIRINGS,
+    SHOWN_FITS,
+    best_first,
+    figure_text,
+    fit_words,
+    same_fit,
+)
 
 
 def bridge_view(record: Mapping[str, Any]) -> RenderableType:
@@ -110,7 +117,7 @@ def health_view(record: Mapping[str, Any]) -> RenderableType:
     """The figures of a version's space, and what drifted."""
     versions = [record, *([record["against"]] if "against" in record else [])]
     rows = [
-        {"figure": words} | {one["version"]: f"{one['report']['health'][name]:.4g}" for one in versions}
+        {"figure": words} | {one["version"]: figure_text(one["report"]["health"][name]) for one in versions}
         for name, words in FIGURES.items()
     ]
     words = [

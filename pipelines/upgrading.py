@@ -20,6 +20,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import area_under_quality
 from penstock.operators.identity import fingerprint
+from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines.backfilling import AliasHead, Backfill, BackfillStopped, refuse_fall
 from penstock.pipelines.bridges import answers_through_bridge, fit_bridges, sample_residuals
 from penstock.pipelines.canary import canary
@@ -229,7 +230,8 @@ class Upgrading:
             old.pipeline.index,
             resolved,
             facts,
-            f"bridges/{self._bridges['fingerprint']}" if self._bridges["directions"] else None,
+            f"bridges/{self._bridges['fingerprint']}",
+            QueryMode.DIRECT if self._bridges["skipped"] else self.settings.queries,
             partial(sample_residuals, self.store, self._bridges["fingerprint"], self._taken.paired),
         )
 

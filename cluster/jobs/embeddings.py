@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,8 @@ class RowsLost(Exception):
 @dataclass(frozen=True)
 class EmbeddingJob:
     """What all fragments of the stage share. `known` are the paths of tables of known vectors (KNOWN_SCHEMA); `late`
-    says that passages are embedded within their documents."""
+    says that passages are embedded within their documents; from `closes_at` on, in seconds since the epoch, no fragment
+    is begun."""
 
     root: str
     passages_fingerprint: str
@@ -77,6 +79,12 @@ class EmbeddingJob:
     timeout_s: float = 600.0
     known: tuple[str, ...] = ()
     late: bool = False
+    closes_at: float = math.inf
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is too late to begin a fragment."""
+        return time.time() >= self.closes_at
 
     def process_options(self) -> ProcessOptions:
         """How an encoder's process is set up on the node that asks."""
@@ -320,6 +328,8 @@ class EncodeFragments:
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._failure is not None:
             raise self._failure
+        if self._job.closed:  # while the fragment waited for an encoder
+            return table.slice(0, 0)
         output = table.column("output")[0].as_py()
         lengths, passages = _rows_at_work(self._job, table)
 
@@ -371,6 +381,7 @@ def embed_fragments(
     on_live: Callable[[Live], None] | None = None,
 ) -> Iterator[Work]:
     """Stream fragments through read and tokenise → encode → write; what was done for each comes back as it is written.
+    Fragments that are not begun when the job closes are left out.
 
     `on_live` hears about once a second, from a thread of its own, what the encoders are at.
     """
@@ -380,6 +391,8 @@ def embed_fragments(
     import ray.exceptions
 
     def read(block: pa.Table) -> pa.Table:
+        if job.closed:
+            return block.slice(0, 0)
         row = block.to_pylist()[0]
         return load_passages(job, EmbeddingTask(row["passages"], row["output"], row["has_exclusions"]))
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from penstock.cluster.layout import EMBEDDINGS
+from penstock.cluster.layout import EMBEDDINGS, PASSAGES
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.operators.bridging import Direction, WrongSpace
@@ -160,6 +160,62 @@ def test_a_later_run_takes_the_samples_vectors(made: Workspace, rotated: Path, t
     assert entry.encoded == entry.rows_in - entry.reused > 0
 
 
+@pytest.mark.slow
+def test_pairs_are_of_the_same_text_where_models_cut_texts_into_other_windows(
+    made: Workspace, ray_session: Session, tmp_path: Path
+) -> None:
+    """The new model has another tokenizer, of whole words, and other windows: each row's two vectors are nearest to
+    those of one passage of the new pipeline, and of the document that the row names."""
+    words = words_model(tmp_path / "words", made)
+    new = made.pipeline(embedding__model=str(words), passages={"type": "tokens", "tokens": 24, "overlap": 4})
+    found = taking(made, ray_session, new).take()
+    resolved = resolve(new.config, new.origin)
+    stage = f"stages/passages/{resolved.stage_fingerprint(PASSAGES)}"
+    assert resolved.stage_fingerprint(PASSAGES) != made_stage(made)
+    fragments = [path for path in (made.root / stage).glob("*.parquet") if "." not in path.stem]
+    tables = [pq.read_table(path, columns=["document_id", "text"]) for path in fragments]
+    passages = {row["text"]: row["document_id"] for table in tables for row in table.to_pylist()}
+    texts, sides = list(passages), (found.paired.old, found.paired.new)
+    names = [names_of(texts, side.documents, model) for side, model in zip(sides, (MODEL, str(words)), strict=True)]
+    assert names[0] == names[1] and len(set(names[0])) == len(names[0]) == len(found.paired.document_ids)
+    assert tuple(passages[name] for name in names[0]) == found.paired.document_ids
+    assert found.about["of_passages"] > len(made.published()) and found.about["without_vector"] == 0
+    judged = {f"d{row:03d}" for row in range(QUERIES)}
+    assert len(judged & set(found.paired.document_ids)) > QUERIES - 5
+
+
+def words_model(folder: Path, made: Workspace) -> Path:
+    """A static table of random vectors of the corpus' words, which are its tokens."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    lines = [json.loads(line) for path in made.corpus.glob("*.jsonl") for line in path.read_text().splitlines()]
+    split = pre_tokenizers.Whitespace()
+    words = {word for line in lines for word, _ in split.pre_tokenize_str(line["text"])}
+    tokenizer = Tokenizer(
+        models.WordLevel({"[UNK]": 0} | {word: n + 1 for n, word in enumerate(sorted(words))}, "[UNK]")
+    )
+    tokenizer.pre_tokenizer = split
+    table = np.random.default_rng(0).normal(size=(len(words) + 1, DIMENSION)).astype(np.float32)
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=table)]).save_pretrained(str(folder))
+    return folder
+
+
+def made_stage(made: Workspace) -> str:
+    pipeline = made.pipeline()
+    return resolve(pipeline.config, pipeline.origin).stage_fingerprint(PASSAGES)
+
+
+def names_of(texts: list[str], vectors: np.ndarray, model: str) -> list[str]:
+    """The text whose vector is nearest to each, by the model itself."""
+    from sentence_transformers import SentenceTransformer
+
+    known = SentenceTransformer(str(resolve_model(model)), device="cpu").encode(texts)[:, :DIMENSION]
+    known /= np.linalg.norm(known, axis=1, keepdims=True)
+    return [texts[row] for row in (vectors @ known.T).argmax(axis=1)]
+
+
 def test_a_rotated_model_passes_its_gate(made: Workspace, bridges: dict[str, Any], taken: TakenSample) -> None:
     store = open_store(str(made.root))
     assert answers_through_bridge(bridges) and not bridges["skipped"] and not bridges["compatible"]
@@ -275,6 +331,15 @@ def test_a_small_sample_is_refused(
         ValueError, match=rf"sample \({found} passages with vectors of both models\) must hold at least"
     ):
         taking(made, ray_session, made.pipeline(embedding__model=str(rotated))).take()
+
+
+def test_passages_within_documents_are_not_compared_with_others(made: Workspace, ray_session: Session) -> None:
+    late, plain = made.pipeline(passages__type="late"), made.pipeline(embedding__layers=3)
+    before, after = (resolve(one.config, one.origin) for one in (late, plain))
+    store = open_store(str(made.root))
+    pair = ModelPair(before, after, published_manifest(before, store))
+    with pytest.raises(ValueError, match=r"passages.type \(tokens\) of the new pipeline must be late, as that of"):
+        Canary(ray_session, store, SilentReporter(), plain.origin, "run", pair, []).take()
 
 
 def test_other_models_are_refused(made: Workspace, taken: TakenSample) -> None:

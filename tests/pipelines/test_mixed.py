@@ -377,6 +377,102 @@ def test_vectors_need_an_adapter_of_queries(ray_session: Session, upgrade: Upgra
         assert np.allclose(found.similarities, expected.similarities, atol=1e-5)
 
 
+# ---- queries of a compatible model
+
+
+MEASURED = {"estimate": 0.2, "low": 0.05, "high": 0.3}
+
+
+def write_compatibility(upgrade: Upgrade, folder: str, **changes: Any) -> str:  # noqa: ANN401
+    """What `fit_bridges` writes where new queries find more in the old index than old ones; the folder."""
+    models = {"old": upgrade.catalog.manifest(upgrade.old)["model"], "new": upgrade.model}
+    record = {name: vars(identity(model)) for name, model in models.items()}
+    path = upgrade.root / folder / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({**record, "compatibility": {"difference": MEASURED}, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_queries_of_a_compatible_model_search_old_vectors_as_they_are(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], part: bool
+) -> None:
+    folder = write_compatibility(upgrade, "bridges/c")
+    manifest = mix(ray_session, upgrade, upgrade.part if part else None, folder, QueryMode.DIRECT)
+    assert manifest["queries"] == "direct" and manifest["compatibility"]["difference"] == MEASURED
+    assert manifest["files"] == []
+    old = upgrade.vectors(upgrade.old)
+    live = live_ids(upgrade, manifest)
+    names = {name: now for now, name in renamed(upgrade, manifest, {name: name for name in old}).items() if now != name}
+    with upgrade.opened(manifest["version"]) as index:
+        found = index.search(asked, 9)
+        vectors = index.encode(asked)
+        assert same(found, index.search(vectors, 9)) and found.ranks_fused is part
+        present = index._present()
+        assert isinstance(present, OpenMixed) and not present.old.encoder.loaded
+    with upgrade.opened(upgrade.part) as other:
+        after = other.search(vectors, 9).ids.tolist()
+    near = vectors @ np.stack(list(old.values())).T
+    for query, new in enumerate(after):
+        ranked = [names.get(name, name) for name in np.array(list(old), object)[np.argsort(-near[query])[:9]]]
+        assert found.ids[query].tolist() == [name if name in live else new.pop(0) for name in ranked]
+
+
+def test_a_model_that_was_not_measured_to_be_compatible_is_refused(ray_session: Session, upgrade: Upgrade) -> None:
+    equal = {"compatibility": {"difference": {**MEASURED, "low": 0.0}}}
+    for folder in (
+        write_compatibility(upgrade, "bridges/equal", **equal),
+        write_compatibility(upgrade, "bridges/unjudged", compatibility=None),
+        "bridges/nothing",
+    ):
+        with pytest.raises(BridgeUnfit, match=rf"queries \(direct\) of .* must be measured to find more.*in {folder};"):
+            mix(ray_session, upgrade, upgrade.part, folder, QueryMode.DIRECT)
+    other = write_compatibility(upgrade, "bridges/other", new={"space": "d" * 32})
+    with pytest.raises(WrongSpace, match=f"bridges/other is about queries from space {'d' * 16} to"):
+        mix(ray_session, upgrade, upgrade.part, other, QueryMode.DIRECT)
+
+
+# ---- adapters that cannot be read
+
+
+def test_without_a_readable_adapter_of_documents_new_hits_take_places(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, plain = (mix(ray_session, upgrade, upgrade.part, folder) for folder in (bridge, None))
+    folder = upgrade.root / "indexes/test/versions" / manifest["version"]
+    (folder / "documents_to_new.safetensors").write_bytes(b"torn")
+    upgrade.point_to(upgrade.old)
+    with open_index(str(upgrade.root), "live") as index, upgrade.opened(plain["version"]) as expected:
+        index.search(asked, 6)
+        upgrade.point_to(manifest["version"])
+        assert index.refresh()
+        found = index.search(asked, 6)
+        assert found.version == manifest["version"] and found.ranks_fused
+        assert same(found, expected.search(asked, 6))
+    assert "adapter documents_to_new of" in caplog.text and "next try in 30 s" in caplog.text
+
+
+def test_without_a_readable_adapter_of_queries_texts_are_encoded_by_both_models(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str
+) -> None:
+    manifest, both = (mix(ray_session, upgrade, upgrade.part, bridge, queries) for queries in (BRIDGE, BOTH))
+    folder = upgrade.root / "indexes/test/versions" / manifest["version"]
+    (folder / "queries_to_old.json").unlink()
+    with upgrade.opened(manifest["version"]) as index, upgrade.opened(both["version"]) as expected:
+        assert same(index.search(asked, 6), expected.search(asked, 6))
+        with pytest.raises(DamagedFile, match=r"queries given as vectors of .* adapter queries_to_old cannot be read"):
+            index.search(index.encode(asked))
+    change_model(upgrade, upgrade.old, reference=str(upgrade.root / "gone"))
+    with (
+        upgrade.opened(manifest["version"]) as index,
+        pytest.raises(
+            DamagedFile,
+            match=r"cannot be asked with texts: .* the old model .*gone, which does without it, is not at hand",
+        ),
+    ):
+        index.search(asked)
+
+
 def test_parts_of_one_space_are_merged_as_they_are(ray_session: Session, upgrade: Upgrade, asked: list[str]) -> None:
     manifest = publish_mixed(ray_session, upgrade.catalog, "run", upgrade.new, upgrade.part, None, BRIDGE)
     with upgrade.opened(manifest["version"]) as mixed, upgrade.opened(upgrade.new) as plain:

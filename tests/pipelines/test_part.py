@@ -1,5 +1,6 @@
 """Versions of a part of the corpus, whose passages have texts in common with passages of other fragments."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from penstock.cluster.storage import open_store
 from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines import OpenIndex
 from penstock.pipelines.backfill_units import find_units, fragments_of
+from penstock.pipelines.ledger import StageEntry
 from penstock.pipelines.mixed import publish_mixed
 from penstock.pipelines.progress import SilentReporter
-from penstock.pipelines.running import Part, Report, execute, prepare
+from penstock.pipelines.running import Part, Report, embed_part, execute, prepare
 
 from .conftest import Workspace
 
@@ -117,6 +119,28 @@ def test_no_passage_vanishes_while_its_text_is_in_another_fragment(
     for link in links:
         assert texts[link["represented_by"]] in texts_of(workspace, link["document_id"])
         assert link["id"] not in texts
+
+
+def test_fragments_that_are_not_begun_when_the_job_closes_are_left(ray_session: Session, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, dict(SETTINGS))
+    for file, names in enumerate(("ac", "bd")):
+        write(workspace, file, names)
+    pipeline, store = workspace.pipeline(publish={}), open_store(str(workspace.root))
+    plan = pipeline.plan()
+    resolved, facts = prepare(plan, pipeline.origin, store, ray_session, SilentReporter())
+    part = Part(frozenset(fact.passages for fact in facts), "upgrades/test/x")
+
+    def embed(closes_at: float) -> StageEntry:
+        resolved_plan = replace(plan, resolved=resolved)
+        return embed_part(resolved_plan, pipeline.origin, store, ray_session, SilentReporter(), part, closes_at)
+
+    closed = embed(time.time())
+    assert (closed.encoded, closed.rows_out, closed.fragments, closed.fragments_done_before) == (0, 0, 0, 0)
+    open_still = embed(time.time() + 600)
+    assert open_still.encoded == open_still.rows_out == sum(fact.kept for fact in facts)
+    again = embed(time.time())
+    kept = sum(fact.kept > 0 for fact in facts)
+    assert (again.encoded, again.rows_out, again.fragments_done_before) == (0, open_still.rows_out, kept)
 
 
 def test_a_part_is_another_version_than_the_whole(ray_session: Session, tmp_path: Path) -> None:

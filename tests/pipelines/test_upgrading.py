@@ -42,7 +42,7 @@ def workspace_of(folder: Path, texts: list[str]) -> Workspace:
         "index": {"family": "flat", "shards": 2, "recall": 1.0, "rerank": True},
         "documents__fragment_bytes": 4_096,
         "evaluate": {"queries": str(queries), "relevance": str(folder / "judged.tsv"), "k": 5},
-        "upgrade": {"embedding": NEW, "sample": 60, "steps": 3, "traffic": "visits"},
+        "upgrade": {"embedding": NEW, "sample": 60, "steps": 3, "traffic": "visits", "window": "00:00-00:00"},
         "documents__keep": {"topic": "string", "visits": "int64"},
     }
     workspace = Workspace(folder, settings)
@@ -68,12 +68,14 @@ def test_an_index_moves_to_another_model_step_by_step(
     assert old is not None
     catalog = Catalog(open_store(str(workspace.root)), "test")
 
-    record = workspace.pipeline().upgrade(until=UpgradeStep.BRIDGE)
+    record = workspace.pipeline(upgrade__compatible_with=MODEL).upgrade(until=UpgradeStep.BRIDGE)
+    bridges = record["bridge"]["bridges"]
+    assert bridges["declared_compatible"] and not bridges["skipped"], "its queries find nothing in the old index"
     plan = record["plan"]
     assert plan["reused"] == {"passages": True, "duplicates": True, "shard_layout": True}
     assert 0 < plan["rows_to_embed"] == plan["rows"]
     served = catalog.manifest(head(catalog))
-    assert is_mixed(served) and record["bridge"]["version"] == served["version"]
+    assert is_mixed(served) and served["queries"] == "both" and record["bridge"]["version"] == served["version"]
     assert record["bridge"]["ndcg"] == pytest.approx(catalog.manifest(old.version)["evaluation"]["ndcg"], abs=1e-6)
 
     record = workspace.pipeline().upgrade()
@@ -123,6 +125,30 @@ def check_order(root: Path, record: dict[str, Any]) -> None:
     missed = [one["residual"] for one in order if one["residual"] is not None]
     assert all(0 < residual < 2 for residual in missed)
     assert bool(missed) == record["bridge"]["bridges"]["directions"]["documents_to_new"]["stored"]
+
+
+@pytest.mark.slow
+def test_queries_of_a_compatible_model_search_the_old_index_until_the_flip(
+    ray_session: Session, tmp_path: Path, real_texts: list[str]
+) -> None:
+    """The old model's queries begin with a sentence about something else, the new one's do not; and documents of the
+    old one with a word, so that they are embedded again."""
+    workspace = workspace_of(tmp_path, real_texts)
+    prompts = {"query": " ".join(real_texts[-1].split()[:25]) + " ", "document": "notes: "}
+    workspace.settings["embedding"] = deepcopy(NEW) | {"prompts": prompts}
+    workspace.settings["upgrade"] |= {"compatible_with": MODEL}
+    old = workspace.pipeline().run()
+    assert old is not None
+    record = workspace.pipeline(upgrade__queries="bridge").upgrade()
+    assert record["canary"]["bridges"]["skipped"] and record["canary"]["bridges"]["directions"] == {}
+    catalog = Catalog(open_store(str(workspace.root)), "test")
+    steps = record["backfill"]["steps"]
+    for step in steps:
+        manifest = catalog.manifest(step["version"])
+        assert manifest["queries"] == "direct" and manifest["compatibility"]["difference"]["low"] > 0
+        assert step["ndcg"] > old.manifest["evaluation"]["ndcg"]
+    assert [step["share"] > 0 for step in steps] == [False, True, True]
+    assert record["flip"]["ndcg"] > old.manifest["evaluation"]["ndcg"]
 
 
 def head(catalog: Catalog) -> str:
