@@ -5,8 +5,8 @@ steps leave little of it, and neither can lose a pair:
 
 - each row is turned onto the main axes of a sample and cut to its first components, and the length of the rest is put
   beside them: by Cauchy and Schwarz the product of two such short rows is never below the similarity of the whole rows;
-- short rows are multiplied in bfloat16 where the processor has it, and a pair stays as long as its product is within
-  FILTER_MARGIN of the floor, which is more than all roundings together.
+- short rows are multiplied in bfloat16 where the processor has it, and a pair stays as long as its product is nearer to
+  the floor than all roundings together.
 
 What remains is multiplied again as it was given, in float64: the similarity of a pair does not depend on what it was
 compared together with, nor on the device.
@@ -35,20 +35,24 @@ LEAST_EXACT_SIMILARITY = 0.8
 SAMPLE_ROWS = 2_048
 SAMPLE_SEED = 20_260_501
 # Components of a short row, multiples of what matrix units multiply at once.
-SHORT_COMPONENTS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Looking at a pair again takes as long as this many multiplications of the filter: 1 us against 5 ps.
-PAIR_COST = 200_000
-# bfloat16 keeps 8 bits: both factors of a sum of at most 1 are rounded by at most 2^-8 of them, and so is the result.
+SHORT_COMPONENTS = (16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
+# Looking at a pair again takes as long as this many multiplications of the filter: 0.5 us against 5 ps.
+PAIR_COST = 100_000
+# bfloat16 keeps 8 bits: both factors of a sum of at most 1 are rounded by at most 2^-8 of them. The result is rounded
+# too, but so is what it is compared with, which keeps their order.
 ROUNDING = 2.0**-8
-FILTER_MARGIN = {"bfloat16": 3 * ROUNDING + ROUNDING**2 + 1e-4, "float32": 1e-4}
-# 4,096 x 128 products in bfloat16 are 1 MiB, which stays in the cache until they are looked through.
-BLOCK_ROWS = 128
-CHUNK_ROWS = 4_096
+FILTER_MARGIN = {"bfloat16": 2 * ROUNDING + ROUNDING**2 + 1e-4, "float32": 1e-4}
+# Looking through 8,192 x 256 products takes 32 ps each, through 4,096 x 128 up to 75.
+BLOCK_ROWS = 256
+CHUNK_ROWS = 8_192
 # oneDNN compiles a kernel for each new shape, which takes longer than to multiply: shapes are padded to few.
 STEP_ROWS = 512
-FOLDS = 64
+FOLDED_ROWS = 64
+# More than a squared length is off that is added up in float32.
+LENGTH_MARGIN = 4e-6
 GPU_ROWS = 16_384  # of blocks and chunks: 512 MiB of products
 CANDIDATES = 1 << 16
+PAIR_ROWS = 1_024  # pairs looked at again at once: 3 MiB of rows of 384 components
 GRAPH_LINKS = 32
 GRAPH_EF_CONSTRUCTION = 100
 
@@ -217,11 +221,11 @@ def _short_rows(vectors: np.ndarray, floor: float) -> np.ndarray:
 
 
 def _shortened(vectors: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """The components of unit rows along some axes at right angles, and the length of what these leave out."""
+    """The components of unit rows along some axes at right angles, and at least the length of what these leave out."""
     short = np.empty((len(vectors), axes.shape[1] + 1), np.float32)
     np.matmul(vectors, axes, out=short[:, :-1])
-    rest = 1 - np.einsum("ij,ij->i", short[:, :-1], short[:, :-1], dtype=np.float64)
-    short[:, -1] = np.sqrt(np.maximum(rest, 0))
+    rest = 1 - np.einsum("ij,ij->i", short[:, :-1], short[:, :-1])
+    short[:, -1] = np.sqrt(np.maximum(rest, 0) + LENGTH_MARGIN)
     return short
 
 
@@ -273,16 +277,18 @@ class _Filter:
     def __init__(self, short: np.ndarray, floor: float, device: str) -> None:
         import torch
 
-        name, on_cpu = _filter_type(device), device == "cpu"
-        kind = getattr(torch, name)
-        if not on_cpu:  # sums in float32 throughout, as FILTER_MARGIN has it
+        name = _filter_type(device)
+        if device != "cpu":  # sums in float32 throughout, as FILTER_MARGIN has it
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self._block, self._chunk = (BLOCK_ROWS, CHUNK_ROWS) if on_cpu else (GPU_ROWS, GPU_ROWS)
-        self._step = STEP_ROWS if on_cpu else GPU_ROWS
-        padding = max(self._block, self._step) if on_cpu or len(short) > GPU_ROWS else GPU_ROWS
-        self._rows = torch.zeros((len(short) + padding, short.shape[1]), dtype=kind, device=device)
-        self._rows[: len(short)] = torch.from_numpy(short)
-        self._threshold = floor - FILTER_MARGIN[name]
+        self._block, self._chunk = (BLOCK_ROWS, CHUNK_ROWS) if device == "cpu" else (GPU_ROWS, GPU_ROWS)
+        self._step = STEP_ROWS if device == "cpu" else GPU_ROWS
+        rows, kind = torch.from_numpy(short), getattr(torch, name)
+        shape = len(rows) + max(self._block, self._step), rows.shape[1]
+        self._rows = torch.zeros(shape, dtype=kind, device=device)
+        self._rows[: len(rows)] = rows
+        off = _rounded_off(rows, kind)
+        margin = min(FILTER_MARGIN[name], 2 * off + off**2 + FILTER_MARGIN["float32"])
+        self._threshold = float(torch.tensor(floor - margin).to(kind))
 
     def candidates(self, start: int, first: int, end: int) -> Iterator[_Places]:
         """Places (left, right), left before right: right in first..end, left from `start` on."""
@@ -302,31 +308,39 @@ class _Filter:
             yield found[0][real] + first, found[1][real] + first
 
 
+def _rounded_off(rows: torch.Tensor, kind: torch.dtype) -> float:
+    """The most that rows float32 (n, m) move when they are rounded: a product of two unit rows changes by at most twice
+    as much and its square, by Cauchy and Schwarz."""
+    import torch
+
+    parts = rows.split(CHUNK_ROWS)
+    return max(float(torch.linalg.vector_norm(part - part.to(kind), dim=1).max()) for part in parts)
+
+
 def _reaching(products: torch.Tensor, threshold: float) -> _Places | None:
     """Where products reach a threshold; None where nowhere."""
     import torch
 
-    if products.device.type == "cpu" and products.dtype is torch.bfloat16 and threshold > 2 * ROUNDING:
-        # Positive floating point numbers are in the order of their bits, which are faster to compare; the threshold is
-        # rounded once more.
-        least = int(torch.tensor(threshold - ROUNDING).to(torch.bfloat16).view(torch.int16))
-        return _reaching_bits(products.view(torch.int16).numpy(), least)
+    if products.device.type == "cpu" and products.dtype is torch.bfloat16 and threshold > 0:
+        # Positive floating point numbers are in the order of their bits, which are faster to compare.
+        least = int(torch.tensor(threshold).to(torch.bfloat16).view(torch.int16))
+        return _reaching_bits(products.view(torch.int16), least)
     if not bool(products.max() >= threshold):
         return None
     rows, columns = torch.nonzero(products >= threshold, as_tuple=True)
     return rows.cpu().numpy(), columns.cpu().numpy()
 
 
-def _reaching_bits(bits: np.ndarray, least: int) -> _Places | None:
-    """Where int16 (r, c), r a multiple of FOLDS, reach a value: first where the largest of FOLDS values do, which takes
-    a third of the time of comparing them all."""
-    folded = bits.reshape(FOLDS, -1)
-    some = np.flatnonzero(folded.max(axis=0) >= least)
+def _reaching_bits(bits: torch.Tensor, least: int) -> _Places | None:
+    """Where int16 (r, c), r a multiple of FOLDED_ROWS, reach a value: first where the largest of a column in so many
+    rows does, which takes a third of the time of comparing them all."""
+    folded = bits.view(-1, FOLDED_ROWS, bits.shape[1])
+    some = np.flatnonzero(folded.amax(1).numpy() >= least)
     if len(some) == 0:
         return None
-    fold, place = np.nonzero(folded[:, some] >= least)
-    rows, columns = np.divmod(fold * folded.shape[1] + some[place], bits.shape[1])
-    return rows, columns
+    fold, column = np.divmod(some, bits.shape[1])
+    place, row = np.divmod(np.flatnonzero(folded.numpy()[fold, :, column] >= least), FOLDED_ROWS)
+    return fold[place] * FOLDED_ROWS + row, column[place]
 
 
 def _filter_type(device: str) -> str:
@@ -369,4 +383,4 @@ def _reached(vectors: np.ndarray, floor: float, candidates: list[_Places]) -> Pa
 
 
 def _chunks(rows: int) -> Iterator[slice]:
-    return (slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS))
+    return (slice(start, start + PAIR_ROWS) for start in range(0, rows, PAIR_ROWS))

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from penstock.operators import similar_pairs as module
 from penstock.operators.similar_pairs import (
@@ -34,6 +36,13 @@ def truth(vectors: np.ndarray, floor: float, first: int = 0) -> set[tuple[int, i
     exact /= np.linalg.norm(exact, axis=1, keepdims=True)
     left, right = np.nonzero(np.triu((exact @ exact.T).astype(np.float32) >= np.float32(floor), 1))
     return {(int(a), int(b)) for a, b in zip(left, right, strict=True) if b >= first}
+
+
+def partners(rows: np.ndarray, cosines: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Unit rows at given cosines to others, in random directions."""
+    away = random.standard_normal(rows.shape)
+    away = unit_rows(away - np.einsum("ij,ij->i", away, rows)[:, None] * rows)
+    return unit_rows(cosines[:, None] * rows + np.sqrt(1 - cosines[:, None] ** 2) * away)
 
 
 def as_set(pairs: Pairs) -> set[tuple[int, int]]:
@@ -82,9 +91,58 @@ def test_a_gpu_finds_the_same_pairs(floor: float) -> None:
 def test_roundings_of_the_filter_stay_within_its_margin() -> None:
     vectors = np.abs(clustered(400, 2, noise=0.1, dimension=512))  # all of one sign: roundings add up
     vectors = unit_rows(vectors)
-    narrow = torch.from_numpy(vectors).to(torch.bfloat16)
-    products = torch.mm(narrow, narrow.T).float().numpy()
+    narrow = torch.from_numpy(vectors).to(torch.bfloat16).float()
+    products = (narrow @ narrow.T).numpy()
     assert np.abs(products - vectors @ vectors.T).max() < FILTER_MARGIN["bfloat16"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 130), st.floats(0.8, 1), st.sampled_from(["bfloat16", "float32"]))
+def test_the_filter_lets_pairs_through_that_are_at_the_floor(
+    seed: int, dimension: int, floor: float, kind: str
+) -> None:
+    """Pairs of the least similarity that float32 tells from the floor, in any direction, whole numbers among them."""
+    random = np.random.default_rng(seed)
+    left = unit_rows(random.standard_normal((40, dimension)) ** random.choice([1, 3, 9]))
+    right = partners(left, np.full(40, floor), random)
+    rows = np.concatenate([left, right])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_filter_type", lambda device: kind)
+        found = list(module._Filter(rows, floor, "cpu").candidates(0, 40, 80))
+    passed = {(int(a), int(b)) for one, other in found for a, b in zip(one, other, strict=True)}
+    assert {(a, b) for a, b in truth(rows, floor) if b >= 40} <= passed and all(b >= 40 for _, b in passed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(4, 64), st.integers(1, 20), st.floats(0, 1))
+def test_short_rows_bound_products(seed: int, dimension: int, components: int, inside: float) -> None:
+    """Rows that lie in the axes by any share, some of them wholly and some not at all."""
+    random = np.random.default_rng(seed)
+    axes = np.linalg.qr(random.standard_normal((dimension, dimension)))[0].astype(np.float32)
+    components = min(components, dimension - 1)
+    rows = random.standard_normal((60, dimension))
+    rows[:40] *= np.where(np.arange(dimension) < components, inside, 1 - inside)
+    rows[:5, components:], rows[5:10, :components] = 0, 0
+    rows[10:20] = rows[:10] + 0.2 * rows[50:]
+    rows[np.abs(rows).max(axis=1) < 1e-6] = 1
+    vectors = unit_rows(rows @ axes.T)
+    exact = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    short = module._shortened(vectors, axes[:, :components]).astype(np.float64)
+    assert (short @ short.T - exact).min() > -2e-6
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_pairs_at_the_floor_are_found_whatever_they_have_in_common(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Short rows of some components, whose axes hold most of a row, little of it or none."""
+    monkeypatch.setattr(module, "_filter_type", lambda device: kind)
+    random = np.random.default_rng(22)
+    base = unit_rows(random.standard_normal((600, DIMENSION)) * np.exp(-np.arange(DIMENSION) / 15))
+    for floor in (0.8, 0.9, 0.97, 1.0):
+        near = partners(base, np.minimum(1, floor + np.linspace(-3e-6, 3e-6, 600)), random)
+        vectors = np.concatenate([base, near])
+        assert module._short_rows(vectors, floor).shape[1] < DIMENSION
+        expected = truth(vectors, floor)
+        assert as_set(Pairs.joined(list(similar_pairs(vectors, floor)))) == expected and len(expected) >= 250
 
 
 def test_short_rows_are_never_less_similar() -> None:
