@@ -9,8 +9,9 @@ import numpy as np
 
 from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
+from penstock.cluster.jobs.dealt_rows import deal_rows
 from penstock.cluster.jobs.document_pairs import DocumentJob, IncidencesTask, count_incidences, remove_documents
-from penstock.cluster.jobs.groups import are_grouped, group_rows
+from penstock.cluster.jobs.groups import group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
@@ -18,6 +19,7 @@ from penstock.cluster.jobs.removed_names import NamesTask, name_ranges, write_na
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import (
     GRAPH_COPIES,
+    JOIN_MEMORY_BYTES,
     FactorTask,
     HistogramTask,
     JoinJob,
@@ -57,7 +59,6 @@ from penstock.pipelines.records import read_json, write_json
 
 ROWS_PER_CELL = 500
 MOST_CELLS = 4_096  # the planes between them take 8 bytes for each two
-JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies of one part
 RECALL_QUERIES = 300
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 11
@@ -180,7 +181,7 @@ class Deduplicating:
         self._warn_of(plan, job.join, factor)
         records = self._pairs(job) if carried.open else []
         recall = self._pair_recall(plan, job, records, carried.open)
-        removal = self._in_buckets(self._removal(plan, records))
+        removal = self._in_buckets(self._removal(plan, records), carried.gone)
         documents = self._documents(plan, removal)
         removed = self._decide(removal, documents)
         kept = self._keep(plan, removal, documents)
@@ -208,8 +209,8 @@ class Deduplicating:
             else:
                 removed = remove_documents(self.session, documents)
             advance(1, f"{removed:,} {'rows' if documents is None else 'documents'} go")
-        if not are_grouped(self.store, removal):
-            self.session.run(group_rows, removal)
+        group_rows(self.session, removal)
+        deal_rows(self.session, removal, self.embedded.embeddings_fingerprint, removes=documents is None)
         return removed
 
     def _joined(self, job: JoinJob, factor: float, records: list[PartRecord]) -> dict[str, Any]:
@@ -371,8 +372,10 @@ class Deduplicating:
             equal_files=tuple(path for record in records for path in record.equal_files),
         )
 
-    def _in_buckets(self, removal: RemovalJob) -> RemovalJob:
-        """The choice in as many buckets as its pairs need, or the incidences of documents, which can be far more."""
+    def _in_buckets(self, removal: RemovalJob, gone: int) -> RemovalJob:
+        """The choice in as many buckets as its pairs need, or the links of rows that are gone since earlier, or the
+        incidences of documents, which can be far more."""
+        removal = replace(removal, buckets=max(removal.buckets, buckets_for(gone)))
         if self.resolved.pipeline.deduplicate.level is Level.PASSAGE:
             return removal
         task = IncidencesTask(removal.root, removal.files, removal.equal_files, removal.similarity)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.cluster.fragments import read_fragment, read_rows_with, write_fragment
-from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
+from penstock.cluster.jobs.pair_ends import EndsTask, bucket_of, write_ends
 from penstock.cluster.jobs.removal import (
     REMOVED_SCHEMA,
     BucketRows,
@@ -33,7 +33,6 @@ from penstock.cluster.layout import DOCUMENT_PAIRS, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
-from penstock.operators.deduplication import bucket_of
 from penstock.operators.document_cover import document_shares
 from penstock.operators.independent_set import Keep, random_keys, ranks
 
