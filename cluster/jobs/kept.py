@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from penstock.cluster.fragments import Receipt, Work, read_fragment, write_fragment
+from penstock.cluster.fragments import Receipt, Work, write_fragment
 from penstock.cluster.jobs.dealt_rows import places_among, read_dealt
 from penstock.cluster.jobs.document_pairs import DocumentJob, passage_links
 from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob, removed_rows
@@ -113,13 +113,6 @@ def _of_gone_documents(store: Store, job: KeptJob, passages: pa.Table) -> np.nda
         for table in removed_rows(store, job.documents.removal):
             gone |= np.isin(documents, table.column("removed").to_numpy())
     return gone
-
-
-def merged_links(store: Store, fingerprint: str, fragments: tuple[str, ...]) -> Iterator[pa.Table]:
-    """The links (LINK_SCHEMA) of all rows that went and are represented by one, fragment by fragment."""
-    for fragment in fragments:
-        table = read_fragment(store, links_path(fingerprint, fragment)).replace_schema_metadata()
-        yield table.filter(pc.is_valid(table.column("kept_hash")))
 
 
 def _write_kept(store: Store, task: KeptTask, embedded: pa.Table, went: int, started: float) -> Work:

@@ -163,7 +163,7 @@ class HistogramTask:
 class PartRecord:
     """A joined part.
 
-    Of rows with equal vectors the first by hash alone is in pairs. `equal` others are linked to it by pairs (first as
+    Of rows with equal vectors one alone is in pairs (Part.first). `equal` others are linked to it by pairs (that one as
     left, other as right) in `equal_files`, unless they stood before: each has all pairs of the first.
 
     Attributes:

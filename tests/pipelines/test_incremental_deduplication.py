@@ -225,6 +225,31 @@ def test_clean_up_leaves_what_the_next_decision_builds_upon(workspace: Workspace
     assert before.stays < after.stays
 
 
+def test_a_decision_about_vectors_that_clean_up_took_is_not_built_upon(workspace: Workspace) -> None:
+    before = Decided(workspace.root)
+
+    def planned() -> str:
+        stages = workspace.pipeline(deduplicate=RULE).plan().stages
+        return str(next(stage for stage in stages if stage.name == "kept").fingerprint)
+
+    folder = workspace.root / f"stages/embeddings/{before.stages['encoded']}"
+    by_size = sorted((folder / f"{name}.parquet" for name in before.record["encoded"].values()), key=os.path.getsize)
+    assert len(by_size) == 2
+    (workspace.corpus / "two.jsonl").rename(workspace.folder / "two.jsonl")
+    upon = planned()
+    taken = by_size[0].read_bytes()
+    by_size[0].unlink()  # of the file that left the corpus
+    whole = planned()
+    assert whole != upon
+    run(workspace)
+    after = Decided(workspace.root)
+    after.check()
+    assert (after.kept, after.record["earlier"]) == (whole, None)
+    by_size[0].write_bytes(taken)
+    (workspace.folder / "two.jsonl").rename(workspace.corpus / "two.jsonl")
+    assert planned() == before.kept  # which is whole: what it was about is of the corpus again
+
+
 @pytest.mark.slow
 def test_another_seed_decides_on_the_whole_corpus(workspace: Workspace, real_texts: list[str]) -> None:
     write(workspace, "three", {f"f{number:02d}": reworded(real_texts[number], " Please note.") for number in range(15)})
