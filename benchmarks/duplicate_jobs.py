@@ -35,6 +35,7 @@ from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
 from penstock.cluster.jobs.similarity import (
     GRAPH_COPIES,
+    JOIN_MEMORY_BYTES,
     FactorTask,
     JoinJob,
     PartsTask,
@@ -52,7 +53,7 @@ from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.independent_set import Keep
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join, unit_rows
-from penstock.pipelines.deduplicating import JOIN_MEMORY_BYTES, RECALL_QUERIES
+from penstock.pipelines.deduplicating import RECALL_QUERIES
 from penstock.pipelines.shared_centroids import MOST_CELLS, ROWS_PER_CELL
 
 FRAGMENT_ROWS = 50_000

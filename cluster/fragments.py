@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -117,6 +117,23 @@ def read_rows_with(store: Store, path: str, column: str, value: int) -> pa.Table
     with open_fragment(store, path) as file:
         table = file.read_row_groups(_groups_within(file, column, value, value)).replace_schema_metadata()
     return table.filter(pc.equal(table.column(column), value))
+
+
+def stream_rows_with(
+    store: Store, path: str, having: tuple[str, int], hashes: tuple[int, int], columns: Sequence[str]
+) -> Iterator[pa.Table]:
+    """Columns of the rows of a file whose integer column has a value (column, value), and a row hash within a range
+    (first, last), row group by row group, reading only row groups that may hold some. Tables have rows."""
+    (column, value), (first, last) = having, hashes
+    read = list(dict.fromkeys([*columns, column, HASH_COLUMN]))
+    with open_fragment(store, path) as file:
+        groups = set(_groups_within(file, column, value, value))
+        for group in sorted(groups & set(_groups_within(file, HASH_COLUMN, first, last))):
+            table = file.read_row_group(group, columns=read).replace_schema_metadata()
+            own = table.column(HASH_COLUMN).to_numpy()
+            chosen = (table.column(column).to_numpy() == value) & (own >= np.uint64(first)) & (own <= np.uint64(last))
+            if chosen.any():
+                yield table.filter(pa.array(chosen)).select(list(columns))
 
 
 def _groups_within(file: pq.ParquetFile, column: str, first: int, last: int) -> list[int]:

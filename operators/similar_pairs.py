@@ -152,7 +152,9 @@ def similar_pairs(vectors: np.ndarray, floor: float, first: int = 0, device: str
     yield from _pairs(vectors, floor, np.arange(rows), blocks, device)
 
 
-def cell_pairs(vectors: np.ndarray, cells: np.ndarray, floor: float, device: str = "cpu") -> Iterator[Pairs]:
+def cell_pairs(
+    vectors: np.ndarray, cells: np.ndarray, floor: float, device: str = "cpu", first: int = 0
+) -> Iterator[Pairs]:
     """Every pair of rows of one cell with a similarity of at least `floor`, in parts: the join of SemDeDup (Abbas et
     al., arXiv:2303.09540), which misses the pairs that a border between cells separates.
 
@@ -161,6 +163,7 @@ def cell_pairs(vectors: np.ndarray, cells: np.ndarray, floor: float, device: str
     Args:
         vectors: float32 (n, d) of unit length.
         cells: integers (n,).
+        first: rows below it are not compared with one another.
 
     Raises:
         ValueError: a floor outside (0, 1].
@@ -169,7 +172,8 @@ def cell_pairs(vectors: np.ndarray, cells: np.ndarray, floor: float, device: str
     order = np.argsort(cells, kind="stable")
     changes = np.flatnonzero(np.diff(cells[order])) + 1
     bounds = [0, *changes.tolist(), len(order)]
-    ranges = [(start, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    below = np.concatenate([[0], np.cumsum(order < first)])  # of a cell they come first
+    ranges = [(a, a + int(below[b] - below[a]), b) for a, b in zip(bounds, bounds[1:], strict=False)]
     yield from _pairs(vectors, floor, order, _blocks(ranges, device), device)
 
 
@@ -313,7 +317,7 @@ def _rounded_off(rows: torch.Tensor, kind: torch.dtype) -> float:
     as much and its square, by Cauchy and Schwarz."""
     import torch
 
-    parts = rows.split(CHUNK_ROWS)
+    parts = (rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS))
     return max(float(torch.linalg.vector_norm(part - part.to(kind), dim=1).max()) for part in parts)
 
 

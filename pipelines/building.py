@@ -1,8 +1,7 @@
 """The stages between vectors and a version: transforms, centroids, training, and the shards with what they share."""
 
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.cells import CellsJob, CellsTask, CountTask, count_cells, write_cells
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
 from penstock.cluster.jobs.evaluation import EncodeQueriesTask, encode_queries
+from penstock.cluster.jobs.links import LinksJob, LinkSource, deal_links, link_ranges
 from penstock.cluster.jobs.moments import MomentsJob, embedding_moments
 from penstock.cluster.jobs.placement import (
     PlacementJob,
@@ -159,6 +159,7 @@ class Building:
         if todo:
             if job.sharding is Sharding.CLUSTER:
                 self._place(job)
+            deal_links(self.session, self._links_job())
             with self.reporter.stage(SHARDS, len(todo), "shards") as advance:
                 for record in self.session.stream(build_shard, [ShardTask(job, shard) for shard in todo]):
                     records[record.shard] = record
@@ -259,17 +260,21 @@ class Building:
             stored=resolved.stored,
             sharding=resolved.pipeline.index.sharding,
             transforms=self.chain.transforms_fingerprint,
-            part=part_of_corpus(resolved, self.chain.facts),
-            **self._kept(),
+            link_ranges=self._links_job().ranges,
         )
 
-    def _kept(self) -> dict[str, Any]:
-        """Where the links of what went by meaning are."""
+    def _links_job(self) -> LinksJob:
+        """The links of all passages that stayed out, by their text or by meaning, to be dealt out to shards."""
         plan, encoded = self.chain.deduplicated, self.chain.encoded
-        if plan is None or encoded is None:
-            return {}
-        fragments = tuple(sorted(plan.fragment(name) for name in encoded.embeddings.values()))
-        return {"kept_fingerprint": plan.kept, "kept_fragments": fragments}
+        source = LinkSource(
+            self.resolved.selection_fingerprint, fragments=part_of_corpus(self.resolved, self.chain.facts)
+        )
+        links = sum(fact.passages_in - fact.kept for fact in self.chain.facts)
+        if plan is not None and encoded is not None:
+            fragments = tuple(sorted(plan.fragment(name) for name in encoded.embeddings.values()))
+            source = replace(source, kept_fingerprint=plan.kept, kept_fragments=fragments)
+            links += encoded.rows - self.chain.rows
+        return LinksJob(self.store.url, self.chain.shards_fingerprint, source, link_ranges(links))
 
     def place_files(self) -> VersionFiles:
         """What shards share, in the version's folder."""

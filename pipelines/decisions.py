@@ -1,6 +1,6 @@
 """What deduplication by meaning decided before: the records that later decisions build upon."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,13 @@ def earlier_decisions(store: Store, index: str, rule: str) -> Iterator[Decision]
             found = read_decision(store, kept)
             if found is not None:
                 yield found
+
+
+def can_build_upon(store: Store, found: Decision, encoded: str, fragments: Collection[str]) -> bool:
+    """Whether what came and left since a decision can be compared: the embeddings fragments that it was about, of the
+    stage `encoded`, are there or are of the corpus still, whose `fragments` are embedded again where they are not."""
+    left = {f"{name}.parquet" for name in found.links.keys() - set(fragments)}
+    return left <= store.names(stage_folder(EMBEDDINGS, encoded))
 
 
 def _rule_of(store: Store, kept: str) -> str | None:

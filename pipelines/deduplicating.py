@@ -9,9 +9,10 @@ import numpy as np
 
 from penstock.cluster.fragments import Receipt
 from penstock.cluster.jobs.clustering import fit_centroids
+from penstock.cluster.jobs.dealt_rows import deal_rows
 from penstock.cluster.jobs.document_pairs import DocumentJob, IncidencesTask, count_incidences, remove_documents
 from penstock.cluster.jobs.document_standing import DocumentCarry, carry_documents, standing_documents
-from penstock.cluster.jobs.groups import are_grouped, group_rows
+from penstock.cluster.jobs.groups import group_rows
 from penstock.cluster.jobs.kept import DUPLICATE_MEANING, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.pair_texts import NearTask, TextsTask, near_pairs, texts_of
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
@@ -19,6 +20,7 @@ from penstock.cluster.jobs.removed_names import NamesTask, name_ranges, write_na
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import (
     GRAPH_COPIES,
+    JOIN_MEMORY_BYTES,
     FactorTask,
     HistogramTask,
     JoinJob,
@@ -57,7 +59,6 @@ from penstock.pipelines.progress import Reporter
 from penstock.pipelines.records import read_json, write_json
 from penstock.pipelines.shared_centroids import Clustering, join_clustering
 
-JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies of one part
 RECALL_QUERIES = 300
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 11
@@ -137,7 +138,7 @@ class Deduplicating:
         with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
             for threshold in thresholds:
                 removal = replace(self._removal(plan, records), similarity=threshold)
-                removal = self._in_buckets(replace(removal, fingerprint=plan.removal_at(threshold)))
+                removal = self._in_buckets(replace(removal, fingerprint=plan.removal_at(threshold)), 0)
                 documents = self._documents(plan, removal)
                 if documents is None:
                     singles.append(removal)
@@ -191,7 +192,7 @@ class Deduplicating:
         self._warn_of(plan, job.join, factor)
         records = self._pairs(job) if carried.open else []
         recall = self._pair_recall(plan, job, records, carried.open)
-        removal = self._in_buckets(self._removal(plan, records))
+        removal = self._in_buckets(self._removal(plan, records), carried.gone)
         documents = self._documents(plan, removal)
         removed = self._decide(removal, documents)
         kept = self._keep(plan, removal, documents)
@@ -218,8 +219,8 @@ class Deduplicating:
         with self.reporter.stage(REMOVAL, 1, "choice") as advance:
             removed = self._chosen(removal, documents)
             advance(1, f"{removed:,} {_kind(documents)} go")
-        if not are_grouped(self.store, removal):
-            self.session.run(group_rows, removal)
+        group_rows(self.session, removal)
+        deal_rows(self.session, removal, self.embedded.embeddings_fingerprint, removes=documents is None)
         return removed
 
     def _chosen(self, removal: RemovalJob, documents: DocumentJob | None) -> int:
@@ -396,8 +397,10 @@ class Deduplicating:
             equal_files=tuple(path for record in records for path in record.equal_files),
         )
 
-    def _in_buckets(self, removal: RemovalJob) -> RemovalJob:
-        """The choice in as many buckets as its pairs need, or the incidences of documents, which can be far more."""
+    def _in_buckets(self, removal: RemovalJob, gone: int) -> RemovalJob:
+        """The choice in as many buckets as its pairs need, or the links of rows that are gone since earlier, or the
+        incidences of documents, which can be far more."""
+        removal = replace(removal, buckets=max(removal.buckets, buckets_for(gone)))
         if self.resolved.pipeline.deduplicate.level is Level.PASSAGE:
             return removal
         task = IncidencesTask(removal.root, removal.files, removal.equal_files, removal.similarity)

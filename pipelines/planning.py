@@ -65,7 +65,7 @@ from penstock.operators.tuning import SCREENING_SIZES, Budget, Candidate, candid
 from penstock.operators.vamana import svs_version
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
 from penstock.pipelines.config import Level, PipelineFile, Transform
-from penstock.pipelines.decisions import earlier_decisions, fragment_of, read_decision
+from penstock.pipelines.decisions import can_build_upon, earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.model_identity import identity_words, is_same_dimension, is_same_model, model_identity
@@ -424,12 +424,16 @@ def _rule(resolved: Resolved) -> str:
 
 def deduplication_of(resolved: Resolved, embedded: Embedded, store: Store) -> Deduplicated:
     """The decision of the newest version of the index by the same rule, where that is of this corpus; else the one
-    that builds upon it; where there is none, one about the whole corpus. About a part of it is decided by itself."""
+    that builds upon it, if what it was about is still there; where there is none, one about the whole corpus. About a
+    part of it is decided by itself."""
     if part_of_corpus(resolved, embedded.facts) is not None:
         return Deduplicated.of(resolved, embedded)
     for found in earlier_decisions(store, resolved.pipeline.name, _rule(resolved)):
         again = Deduplicated.of(resolved, embedded, found.earlier)
-        return again if again.kept == found.kept else Deduplicated.of(resolved, embedded, found.kept)
+        if again.kept == found.kept:
+            return again
+        if can_build_upon(store, found, embedded.embeddings_fingerprint, embedded.embeddings.values()):
+            return Deduplicated.of(resolved, embedded, found.kept)
     return Deduplicated.of(resolved, embedded)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.cluster.fragments import read_fragment, read_rows_with, write_fragment
-from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
+from penstock.cluster.jobs.pair_ends import EndsTask, bucket_of, write_ends
 from penstock.cluster.jobs.removal import (
     REMOVED_SCHEMA,
     BucketRows,
@@ -34,7 +34,6 @@ from penstock.cluster.layout import DOCUMENT_PAIRS, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
-from penstock.operators.deduplication import bucket_of
 from penstock.operators.document_cover import document_shares
 from penstock.operators.independent_set import Keep, random_keys, ranks
 
@@ -216,7 +215,7 @@ def send_shares(task: DocumentTask) -> int:
     row, other = (found.column(name).to_numpy() for name in ("row", "other"))
     document, other, share = document_shares(document, other, row, facts.passages)
     keys = facts.keys(job.rows, np.bincount(document, minlength=len(own)))
-    stands = stands_of(store, job.removal, own)
+    stands = stands_of(store, job.removal, task.bucket, own)
     enough = share >= np.float32(job.share)
     told = {
         "bucket": bucket_of(other[enough], job.buckets),

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from penstock.cluster.fragments import Receipt, Work, read_fragment, write_fragment
+from penstock.cluster.fragments import Receipt, Work, write_fragment
+from penstock.cluster.jobs.dealt_rows import places_among, read_dealt
 from penstock.cluster.jobs.document_pairs import DocumentJob, passage_links
 from penstock.cluster.jobs.document_standing import decided_path, keep_documents
-from penstock.cluster.jobs.groups import groups_of
-from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob, removed_rows
+from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
+from penstock.cluster.jobs.similarity import SIMILARITY
 from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import EMBEDDINGS, KEPT, fragment_path
 from penstock.cluster.node import connect
@@ -61,26 +62,27 @@ def links_path(fingerprint: str, fragment: str) -> str:
 
 def keep_rows(task: KeptTask) -> Work:
     """Write the embeddings of a fragment that stay, and the links of those that go, which come first. Memory: the
-    fragment, and what goes of one bucket of rows."""
+    fragment, and where whole documents go what goes of one bucket of these."""
     started = time.perf_counter()
     job, store = task.job, connect(task.job.source.root)
     embedded, passages = read_rows(store, job.source, task.pair, 0, HASH_SPACE - 1)
     hashes = embedded.column("row_hash").to_numpy()
+    dealt = read_dealt(store, job.removal, task.pair.embeddings)
     kept_hash, similarity = np.zeros(len(hashes), np.uint64), np.zeros(len(hashes), np.float32)
     goes = np.zeros(len(hashes), bool)
     if job.documents is not None:
         rows = embedded.select(["row_hash", "text_hash"]).append_column("document_hash", passages["document_hash"])
         path = decided_path(job.fingerprint, task.name)
         goes = keep_documents(store, job.documents, task.pair.embeddings, path, rows)
-    for table in _gone(store, job, task.pair.embeddings):
-        removed = table.column("removed").to_numpy()  # ascending
-        place = np.searchsorted(removed, hashes)
-        here = np.flatnonzero(place < len(removed))
-        here = here[removed[place[here]] == hashes[here]]
+    for table in _gone(store, job, task.pair.embeddings, dealt):
+        here, place = places_among(table.column("removed").to_numpy(), hashes)
         goes[here] = True
-        kept_hash[here] = table.column("kept").to_numpy()[place[here]]
-        similarity[here] = table.column("similarity").to_numpy()[place[here]]
+        kept_hash[here] = table.column("kept").to_numpy()[place]
+        similarity[here] = table.column("similarity").to_numpy()[place]
     linked = similarity > 0
+    group = hashes.copy()
+    here, place = places_among(dealt.column("row_hash").to_numpy(), hashes)
+    group[here] = dealt.column("group").to_numpy()[place]
     links = pa.table(
         [
             pa.array(hashes[goes]),
@@ -88,7 +90,7 @@ def keep_rows(task: KeptTask) -> Work:
             passages.column("document_id").filter(pa.array(goes)),
             pa.array(kept_hash[goes], mask=~linked[goes]),
             pa.array(similarity[goes], mask=~linked[goes]),
-            pa.array(groups_of(store, job.removal, hashes[goes])),
+            pa.array(group[goes]),
         ],
         schema=LINK_SCHEMA,
     )
@@ -96,18 +98,16 @@ def keep_rows(task: KeptTask) -> Work:
     return _write_kept(store, task, embedded.filter(pa.array(~goes)), int(goes.sum()), started)
 
 
-def _gone(store: Store, job: KeptJob, fragment: str) -> Iterator[pa.Table]:
-    """What goes for another row (REMOVED_SCHEMA): rows of the fragment by earlier decisions, and all of each bucket."""
+def _gone(store: Store, job: KeptJob, fragment: str, dealt: pa.Table) -> Iterator[pa.Table]:
+    """What goes of the fragment for another row (REMOVED_SCHEMA, by removed row), by earlier decisions and this one;
+    where whole documents go, links of all fragments."""
     if job.removal.standing:
         yield decisions_on(store, job.removal.standing, fragment)[1].rename_columns(REMOVED_SCHEMA.names)
-    yield from removed_rows(store, job.removal) if job.documents is None else passage_links(store, job.documents)
-
-
-def merged_links(store: Store, fingerprint: str, fragments: tuple[str, ...]) -> Iterator[pa.Table]:
-    """The links (LINK_SCHEMA) of all rows that went and are represented by one, fragment by fragment."""
-    for fragment in fragments:
-        table = read_fragment(store, links_path(fingerprint, fragment)).replace_schema_metadata()
-        yield table.filter(pc.is_valid(table.column("kept_hash")))
+    if job.documents is None:
+        gone = dealt.filter(pc.is_valid(dealt.column("kept")))
+        yield gone.select(["row_hash", "kept", SIMILARITY]).rename_columns(REMOVED_SCHEMA.names)
+    else:
+        yield from passage_links(store, job.documents)
 
 
 def _write_kept(store: Store, task: KeptTask, embedded: pa.Table, went: int, started: float) -> Work:

@@ -1,4 +1,8 @@
-"""Links from the passages that stayed out to the row of a shard that represents each."""
+"""Links from the passages that stayed out to the row of a shard that represents each.
+
+Links lie with what stayed out: texts with a selection, and what went by meaning with the fragment it was of. They are
+dealt out once by the hash of what represents them, so that a shard reads the links to its own rows.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from penstock.cluster.jobs.kept import merged_links
+from penstock.cluster.fragments import read_hash_range, write_fragment
+from penstock.cluster.jobs.dealt_rows import places_among
+from penstock.cluster.jobs.kept import LINK_SCHEMA, links_path
 from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files
+from penstock.cluster.layout import SHARDS, fragment_path
+from penstock.cluster.node import connect
+from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.identity import row_hashes
+from penstock.operators.sharding import shard_range
 
 # similarity is null where the normalised texts are the same.
 LINKS_SCHEMA = pa.schema(
@@ -24,7 +34,13 @@ LINKS_SCHEMA = pa.schema(
         ("similarity", pa.float32()),
     ]
 )
+# row_hash is that of what represents the passage.
+DEALT_SCHEMA = pa.schema(
+    [("row_hash", pa.uint64()), ("id", pa.string()), ("document_id", pa.string()), ("similarity", pa.float32())]
+)
+_FACTS_SCHEMA = pa.schema([DEALT_SCHEMA.field(name) for name in ("row_hash", "id", "document_id")])
 BATCH_ROWS = 65_536
+RANGE_LINKS = 2_000_000  # of one range: 12 bytes and two ids each
 
 
 @dataclass(frozen=True)
@@ -38,25 +54,114 @@ class LinkSource:
     fragments: tuple[str, ...] | None = None
 
 
-def shard_links(store: Store, source: LinkSource, ids_path: Path) -> Iterator[pa.Table]:
-    """Links (LINKS_SCHEMA) to the rows of a shard, whose ids lie in an IPC file. Memory: 16 bytes for each row, and 16
-    for each passage that one of them represents by meaning.
+@dataclass(frozen=True)
+class LinksJob:
+    """Links of a corpus in ranges of the hashes of what represents them; `fingerprint` is that of the shards to
+    build."""
 
-    A passage whose text is that of one that went by meaning is represented by what represents this one.
+    root: str
+    fingerprint: str
+    source: LinkSource
+    ranges: int
+
+
+@dataclass(frozen=True)
+class TextsTask:
+    """The exclusions file of a number."""
+
+    job: LinksJob
+    number: int
+    path: str
+
+
+@dataclass(frozen=True)
+class RangeTask:
+    job: LinksJob
+    range: int
+
+
+def link_ranges(links: int) -> int:
+    return max(1, -(-links // RANGE_LINKS))
+
+
+def deal_links(session: Session, job: LinksJob) -> None:
+    """Deal all links out by what represents them. What is done is not done again."""
+    files = exclusion_files(connect(job.root), job.source.selection_fingerprint)
+    for _ in session.stream(deal_texts, [TextsTask(job, number, path) for number, path in enumerate(files)]):
+        pass
+    for _ in session.stream(resolve_links, [RangeTask(job, number) for number in range(job.ranges)]):
+        pass
+
+
+def deal_texts(task: TextsTask) -> int:
+    """Write the passages of a file that another one of the corpus represents by its text, by the hash of that one;
+    returns their number."""
+    job, store = task.job, connect(task.job.root)
+    path = _path(job.fingerprint, f"texts-{task.number:05d}")
+    if store.info(path) is not None:
+        return 0
+    tables = [_FACTS_SCHEMA.empty_table()]
+    for table in _by_text(store, task.path, job.source.fragments):
+        keepers = pa.array(row_hashes(table.column("represented_by").to_pylist()))
+        tables.append(
+            pa.table([keepers, table.column("passage_id"), table.column("document_id")], schema=_FACTS_SCHEMA)
+        )
+    texts = pa.concat_tables(tables).sort_by([("row_hash", "ascending"), ("id", "ascending")])
+    write_fragment(store, path, texts)
+    return len(texts)
+
+
+def resolve_links(task: RangeTask) -> int:
+    """Write the links (DEALT_SCHEMA, by the hash of what represents them) of passages that were represented by a row of
+    a range by their text, and of the rows of the range that went by meaning; returns their number.
+
+    A passage whose text is that of one that went by meaning is represented by what represents this one. Memory: these
+    links.
     """
-    own, moved = _OwnRows(ids_path), _Moved()
-    if source.kept_fingerprint is not None:
-        for table in merged_links(store, source.kept_fingerprint, source.kept_fragments):
-            rows = own.find(table.column("kept_hash").to_numpy())
-            here = table.filter(pa.array(rows >= 0))
-            moved.add(here.column("row_hash").to_numpy(), rows[rows >= 0])
-            yield _links(here, own.ids(rows[rows >= 0]), here.column("similarity"))
-    for table in represented_by_text(store, source.selection_fingerprint, source.fragments):
-        keepers = row_hashes(table.column("represented_by").to_pylist())
-        rows = own.find(keepers)
-        rows = np.where(rows >= 0, rows, moved.find(keepers))
-        here = table.filter(pa.array(rows >= 0)).rename_columns({"passage_id": "id"})
-        yield _links(here, own.ids(rows[rows >= 0]), pa.nulls(here.num_rows, pa.float32()))
+    job, store = task.job, connect(task.job.root)
+    path = _path(job.fingerprint, f"links-{task.range:05d}")
+    if store.info(path) is not None:
+        return 0
+    first, last = shard_range(task.range, job.ranges)
+    went = _went(store, job.source, first, last).sort_by("row_hash")
+    files = range(len(exclusion_files(store, job.source.selection_fingerprint)))
+    texts = pa.concat_tables(
+        [
+            _FACTS_SCHEMA.empty_table(),
+            *(
+                read_hash_range(store, _path(job.fingerprint, f"texts-{number:05d}"), first, last, _FACTS_SCHEMA.names)
+                for number in files
+            ),
+        ]
+    )
+    keepers = texts.column("row_hash").to_numpy().copy()
+    moved, place = places_among(went.column("row_hash").to_numpy(), keepers)
+    keepers[moved] = went.column("kept_hash").to_numpy()[place]
+    similarity = pa.nulls(len(texts), pa.float32())
+    columns = [pa.array(keepers), texts.column("id"), texts.column("document_id"), similarity]
+    names = ["kept_hash", *DEALT_SCHEMA.names[1:]]
+    links = pa.concat_tables(
+        [
+            pa.table(columns, schema=DEALT_SCHEMA),
+            went.select(names).rename_columns(DEALT_SCHEMA.names).cast(DEALT_SCHEMA),
+        ]
+    )
+    write_fragment(store, path, links.sort_by([("row_hash", "ascending"), ("id", "ascending")]))
+    return len(links)
+
+
+def shard_links(
+    store: Store, fingerprint: str, ranges: int, hashes: tuple[int, int], ids_path: Path
+) -> Iterator[pa.Table]:
+    """Links (LINKS_SCHEMA) to the rows of a shard, whose ids lie in an IPC file and whose hashes from a first to a last
+    one. Reads the links to such rows alone. Memory: 16 bytes for each row, and the links of a range."""
+    own = _OwnRows(ids_path)
+    for number in range(ranges):
+        path = _path(fingerprint, f"links-{number:05d}")
+        table = read_hash_range(store, path, *hashes, DEALT_SCHEMA.names).replace_schema_metadata()
+        rows = own.find(table.column("row_hash").to_numpy())
+        here = table.filter(pa.array(rows >= 0))
+        yield _links(here, own.ids(rows[rows >= 0]), here.column("similarity"))
 
 
 class _OwnRows:
@@ -67,7 +172,12 @@ class _OwnRows:
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """The row, int64 (n,), of each row hash uint64 (n,); -1 where the shard has none."""
-        return _find(*self._by_hash, hashes) if len(hashes) else np.empty(0, np.int64)
+        rows = np.full(len(hashes), -1, np.int64)
+        if len(hashes):
+            ascending, number = self._by_hash
+            found, place = places_among(ascending, hashes)
+            rows[found] = number[place]
+        return rows
 
     def ids(self, rows: np.ndarray) -> pa.ChunkedArray:
         return self._ids.take(pa.array(rows))
@@ -81,40 +191,37 @@ class _OwnRows:
         return whole[order], order
 
 
-class _Moved:
-    """Row hashes of passages that went by meaning, and the row of the shard that represents each."""
-
-    def __init__(self) -> None:
-        self._hashes, self._rows = np.empty(0, np.uint64), np.empty(0, np.int64)
-
-    def add(self, hashes: np.ndarray, rows: np.ndarray) -> None:
-        together = np.concatenate([self._hashes, hashes])
-        order = np.argsort(together, kind="stable")
-        self._hashes, self._rows = together[order], np.concatenate([self._rows, rows])[order]
-
-    def find(self, hashes: np.ndarray) -> np.ndarray:
-        return _find(self._hashes, self._rows, hashes)
-
-
-def _find(ascending: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """For each of the `wanted` (n,) the value beside its equal among the ascending ones; -1 where there is none."""
-    if len(ascending) == 0:
-        return np.full(len(wanted), -1, np.int64)
-    place = np.minimum(np.searchsorted(ascending, wanted), len(ascending) - 1)
-    return np.where(ascending[place] == wanted, values[place], -1)
-
-
 def represented_by_text(store: Store, selection: str, fragments: Sequence[str] | None) -> Iterator[pa.Table]:
     """The passages (EXCLUSION_SCHEMA) that another one of the corpus represents by its text, those of some passages
     fragments or (None) of all, piece by piece."""
     for name in exclusion_files(store, selection):
-        with store.open(name) as stream:
-            for batch in pa.parquet.ParquetFile(stream).iter_batches(BATCH_ROWS):
-                table = pa.Table.from_batches([batch])
-                table = table.filter(pc.equal(table.column("reason"), DUPLICATE_TEXT))
-                if fragments is not None:
-                    table = table.filter(pc.is_in(table.column("fragment"), pa.array(fragments, pa.string())))
-                yield table
+        yield from _by_text(store, name, fragments)
+
+
+def _by_text(store: Store, path: str, fragments: Sequence[str] | None) -> Iterator[pa.Table]:
+    """Those of one exclusions file."""
+    with store.open(path) as stream:
+        for batch in pa.parquet.ParquetFile(stream).iter_batches(BATCH_ROWS):
+            table = pa.Table.from_batches([batch])
+            table = table.filter(pc.equal(table.column("reason"), DUPLICATE_TEXT))
+            if fragments is not None:
+                table = table.filter(pc.is_in(table.column("fragment"), pa.array(fragments, pa.string())))
+            yield table
+
+
+def _went(store: Store, source: LinkSource, first: int, last: int) -> pa.Table:
+    """The links (LINK_SCHEMA, but for groups) of rows of a range that went by meaning and are represented by one."""
+    names = [name for name in LINK_SCHEMA.names if name != "group"]
+    tables = [pa.schema([LINK_SCHEMA.field(name) for name in names]).empty_table()]
+    for fragment in source.kept_fragments:
+        path = links_path(str(source.kept_fingerprint), fragment)
+        tables.append(read_hash_range(store, path, first, last, names).replace_schema_metadata().select(names))
+    went = pa.concat_tables(tables)
+    return went.filter(pc.is_valid(went.column("kept_hash")))
+
+
+def _path(fingerprint: str, name: str) -> str:
+    return fragment_path(SHARDS, fingerprint, name)
 
 
 def _links(table: pa.Table, represented_by: pa.ChunkedArray, similarity: pa.ChunkedArray | pa.Array) -> pa.Table:

@@ -2,6 +2,8 @@
 
 Who decides on the rows of a bucket then reads its own pairs of each file and not all of them. They depend on the pairs
 and the number of buckets alone, so that every threshold reads the same ones.
+
+A bucket is a range of row hashes: all that is stored by row hash has its rows in one place.
 """
 
 from collections.abc import Iterable
@@ -14,7 +16,7 @@ from penstock.cluster.fragments import read_fragment, read_rows_with, write_frag
 from penstock.cluster.jobs.similarity import LEFT, RIGHT, SIMILARITY
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
-from penstock.operators.deduplication import bucket_of
+from penstock.operators.sharding import shard_of, shard_range
 
 END_SCHEMA = pa.schema(
     [("bucket", pa.int32()), ("row", pa.uint64()), ("neighbour", pa.uint64()), (SIMILARITY, pa.float32())]
@@ -29,6 +31,16 @@ class EndsTask:
     path: str
     buckets: int
     both: bool = True
+
+
+def bucket_of(hashes: np.ndarray, buckets: int) -> np.ndarray:
+    """The bucket int64 (n,) of row hashes uint64 (n,)."""
+    return shard_of(hashes, buckets)
+
+
+def bucket_range(bucket: int, buckets: int) -> tuple[int, int]:
+    """The first and the last row hash of a bucket."""
+    return shard_range(bucket, buckets)
 
 
 def write_ends(task: EndsTask) -> int:

@@ -22,11 +22,12 @@ import pyarrow.compute as pc
 from penstock.cluster.fragments import (
     Receipt,
     read_fragment,
+    read_hash_range,
     read_receipt,
     read_rows_with,
     write_fragment,
 )
-from penstock.cluster.jobs.pair_ends import EndsTask, read_ends, write_ends
+from penstock.cluster.jobs.pair_ends import EndsTask, bucket_of, bucket_range, read_ends, write_ends
 from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.jobs.similarity import SIMILARITY
 from penstock.cluster.jobs.standing import decisions_on
@@ -34,7 +35,6 @@ from penstock.cluster.layout import PASSAGES, REMOVAL, fragment_path, stage_fold
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
-from penstock.operators.deduplication import bucket_of
 from penstock.operators.independent_set import (
     GOES,
     STAYS,
@@ -46,6 +46,7 @@ from penstock.operators.independent_set import (
     representatives,
     settle,
 )
+from penstock.operators.sharding import HASH_SPACE
 
 # Pairs of one bucket: about 150 bytes each while they are put in order.
 BUCKET_PAIRS = 4_000_000
@@ -144,7 +145,7 @@ def send_keys(task: BucketTask) -> int:
         return 0
     rows = BucketRows(store, task)
     keys, best = _preferred(store, task, rows)
-    stands = stands_of(store, job, rows.own)
+    stands = stands_of(store, job, task.bucket, rows.own)
     messages = pa.table(
         {
             "bucket": bucket_of(rows.neighbour, job.buckets),
@@ -360,12 +361,14 @@ def _keys(store: Store, job: RemovalJob, rows: np.ndarray) -> pa.Array:
             assert_never(job.keep)
 
 
-def stands_of(store: Store, job: RemovalJob, own: np.ndarray) -> np.ndarray:
-    """Which of the rows `own` (n,), ascending, stay by earlier decisions: bool (n,)."""
+def stands_of(store: Store, job: RemovalJob, bucket: int, own: np.ndarray) -> np.ndarray:
+    """Which of a bucket's rows `own` (n,), ascending, stay by earlier decisions: bool (n,)."""
     stands = np.zeros(len(own), bool)
     if job.standing is not None:
+        first, last = bucket_range(bucket, job.buckets)
         for fragment in job.fragments:
-            stands |= np.isin(own, decisions_on(store, job.standing, fragment)[0].column("row_hash").to_numpy())
+            standing = decisions_on(store, job.standing, fragment, first, last)[0]
+            stands |= np.isin(own, standing.column("row_hash").to_numpy())
     return stands
 
 
@@ -374,10 +377,11 @@ def descends(job: RemovalJob) -> bool:
 
 
 def passage_column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) -> pa.Array:
-    """A column of the passages of the rows `own`, in their order; of several columns a text that sorts as they do."""
+    """A column of the passages of the rows `own`, ascending, in their order; of several columns a text that sorts as
+    they do. Reads the row groups between the first and the last of them."""
     tables = []
     for fragment in job.passages:
-        table = staying_passages(store, job, fragment, ["row_hash", *names])
+        table = staying_passages(store, job, fragment, ["row_hash", *names], *_bounds(own))
         tables.append(table.filter(pa.array(np.isin(table.column("row_hash").to_numpy(), own))))
     found = pa.concat_tables(tables)
     hashes = found.column("row_hash").to_numpy()
@@ -391,12 +395,18 @@ def passage_column(store: Store, job: RemovalJob, own: np.ndarray, names: list[s
     return columns[0] if len(columns) == 1 else sortable(columns)
 
 
-def staying_passages(store: Store, job: RemovalJob, fragment: str, names: list[str]) -> pa.Table:
-    """Columns of the passages of a fragment that a selection does not exclude."""
+def _bounds(ascending: np.ndarray) -> tuple[int, int]:
+    return (int(ascending[0]), int(ascending[-1])) if len(ascending) else (0, 0)
+
+
+def staying_passages(
+    store: Store, job: RemovalJob, fragment: str, names: list[str], first: int = 0, last: int = HASH_SPACE - 1
+) -> pa.Table:
+    """Columns of the passages of a fragment with row hashes from first to last that a selection does not exclude."""
     path = fragment_path(job.stage, job.passages_fingerprint, fragment)
     excluding = fragment in job.exclusions
     read = list(dict.fromkeys([*(PLACE_COLUMNS if excluding else ()), *names]))
-    table = read_fragment(store, path, read).replace_schema_metadata()
+    table = read_hash_range(store, path, first, last, read).replace_schema_metadata()
     if excluding:
         table = kept_rows(store, table, job.selection_fingerprint, fragment)
     return table.select(names)

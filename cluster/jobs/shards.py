@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from penstock.cluster.fragments import vectors_of
-from penstock.cluster.jobs.links import LINKS_SCHEMA, LinkSource, shard_links
+from penstock.cluster.jobs.links import LINKS_SCHEMA, shard_links
 from penstock.cluster.jobs.placement import owners_path, read_owners, read_placed
 from penstock.cluster.jobs.shard_rows import FragmentPair as FragmentPair
 from penstock.cluster.jobs.shard_rows import RowSource as RowSource
@@ -25,7 +25,7 @@ from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
 from penstock.operators.indexing import Family, IndexSpec, shard_builder
 from penstock.operators.routing import only_cells
-from penstock.operators.sharding import Sharding, shard_range
+from penstock.operators.sharding import HASH_SPACE, Sharding, shard_range
 from penstock.operators.vector_codecs import VectorCodec, is_lvq
 from penstock.operators.vector_store import VectorWriter
 
@@ -73,10 +73,7 @@ class ShardJob:
         dimension: of the embeddings.
         sharding: what decides to which shard a row goes; with `cluster`, rows are placed before shards are built.
         transforms: fingerprint of the transforms before the index, if there are any.
-        kept_fingerprint: of the embeddings that deduplication by meaning left, if there was any, and
-        kept_fragments: all its fragments, those of which nothing stays included.
-        part: the passages fragments of a version of a part of the corpus; a passage of another one is not of that
-            version, even where a row has its text. None for the whole corpus.
+        link_ranges: in which the links to its rows were dealt out (deal_links).
         stored: codec of the vectors stored for re-ranking, or None.
     """
 
@@ -91,9 +88,7 @@ class ShardJob:
     stored: VectorCodec | None
     sharding: Sharding = Sharding.HASH
     transforms: str | None = None
-    kept_fingerprint: str | None = None
-    kept_fragments: tuple[str, ...] = ()
-    part: tuple[str, ...] | None = None
+    link_ranges: int = 1
 
 
 @dataclass(frozen=True)
@@ -185,9 +180,11 @@ def _slices(task: ShardTask, store: Store) -> Iterator[tuple[pa.Table, pa.Table]
 def _write_duplicates(task: ShardTask, store: Store, folder: Path) -> int:
     """Links of the passages that a row of this shard represents (LINKS_SCHEMA)."""
     rows, job = 0, task.job
-    source = LinkSource(job.source.selection_fingerprint, job.kept_fingerprint, job.kept_fragments, job.part)
+    # A shard that owns cells has rows all over the hashes.
+    hashes = shard_range(task.shard, job.shards) if job.sharding is Sharding.HASH else (0, HASH_SPACE - 1)
     with _ipc_writer(folder / shard_file(task.shard, DUPLICATES), LINKS_SCHEMA) as writer:
-        for links in shard_links(store, source, folder / shard_file(task.shard, IDS)):
+        ids_path = folder / shard_file(task.shard, IDS)
+        for links in shard_links(store, job.fingerprint, job.link_ranges, hashes, ids_path):
             writer.write_table(links)
             rows += links.num_rows
     return rows

@@ -8,7 +8,7 @@ down to a floor, from which every higher threshold is a filter.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from typing import assert_never
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,12 @@ from penstock.cluster.fragments import (
     open_fragment,
     read_fragment,
     read_hash_range,
-    read_rows_with,
     vector_column,
     vectors_of,
     write_fragment,
 )
 from penstock.cluster.jobs.clustering import read_centroids
+from penstock.cluster.jobs.part_rows import Block, Part, PartRows
 from penstock.cluster.jobs.sampling import sample_vectors
 from penstock.cluster.jobs.standing import decisions_on
 from penstock.cluster.layout import EMBEDDINGS, PAIRS, REPLICAS, fragment_path, stage_folder
@@ -33,7 +33,6 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.cell_sharing import share_cells
 from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth, similarity_histogram
-from penstock.operators.equal_rows import first_equal
 from penstock.operators.independent_set import random_keys
 from penstock.operators.replication import Copies, copies_of
 from penstock.operators.sharding import hash_range
@@ -43,6 +42,7 @@ MOST_COPIES = 4.0  # rows stored for each row, beyond which an exact join costs 
 GRAPH_COPIES = 2  # parts beside its own in which the graph join looks for neighbours of a row
 # Bytes of a row in a join for each of its components: float32, short rows, and the stored form while it is read.
 JOIN_BYTES_PER_COMPONENT = 16
+JOIN_MEMORY_BYTES = 1 << 30  # of the rows and copies that one process joins at once
 # 20 bytes each, three times while they are sorted and written, and 150 where they are dealt out to their rows.
 PAIRS_PER_FILE = 2_000_000
 PREDICTED_ROWS = 8_192
@@ -51,6 +51,7 @@ PREDICTED_ROWS = 8_192
 TRUTH_PAIRS, TRUTH_ROWS = 1_000, 16_384
 SHARED_CELLS = 4  # the nearest cells of a row, which are to lie in one part
 LEFT, RIGHT, SIMILARITY = "left", "right", "similarity"
+_Sides = tuple[np.ndarray, np.ndarray]
 PAIR_SCHEMA = pa.schema([(LEFT, pa.uint64()), (RIGHT, pa.uint64()), (SIMILARITY, pa.float32())])
 
 
@@ -64,6 +65,7 @@ class JoinJob:
         standing: fingerprint of the decisions that were carried over: rows that are gone by them take no part, and only
             pairs with a row that is open are looked for.
         gpus: that the join of a part takes, which then multiplies there; the pairs are the same.
+        memory_bytes: for vectors, in the join of a part; the pairs are the same.
     """
 
     root: str
@@ -76,6 +78,7 @@ class JoinJob:
     floor: float
     standing: str | None = None
     gpus: float = 0.0
+    memory_bytes: int = JOIN_MEMORY_BYTES
 
     @property
     def parts(self) -> int:
@@ -160,7 +163,7 @@ class HistogramTask:
 class PartRecord:
     """A joined part.
 
-    Of rows with equal vectors the first by hash alone is in pairs. `equal` others are linked to it by pairs (first as
+    Of rows with equal vectors one alone is in pairs (Part.first). `equal` others are linked to it by pairs (that one as
     left, other as right) in `equal_files`, unless they stood before: each has all pairs of the first.
 
     Attributes:
@@ -289,24 +292,25 @@ def replicate(task: ReplicaTask) -> Receipt:
 def join_part(task: PartTask) -> PartRecord:
     """Find and store the pairs of a part: files of pairs sorted by row hashes, then the record that says it is done.
 
-    Memory: JOIN_BYTES_PER_COMPONENT for each component of its rows and copies, and PAIRS_PER_FILE pairs.
+    Memory: that of the job, or JOIN_BYTES_PER_COMPONENT for each component of its rows and copies where this is less;
+    50 bytes for each of them, and PAIRS_PER_FILE pairs. Beyond it rows are joined block by block, and read again.
     """
     job, store = task.job, connect(task.job.root)
-    rows = _read_part(store, job, task.part)
+    part = Part(store, [fragment_path(REPLICAS, job.fingerprint, fragment) for fragment in job.fragments], task.part)
+    rows, equal, numbers = part.rows, _equal_links(part), _taking_part_in(job, part)
     natives, copies = int(rows.native.sum()), int(np.count_nonzero(~rows.native))
     open_ = int(np.count_nonzero(rows.native & ~rows.standing))
-    rows, equal = _distinct(rows)
     equal_files = [f"{stage_folder(PAIRS, job.fingerprint)}/equal-{task.part:05d}.parquet"] if equal.num_rows else []
     for path in equal_files:
         write_fragment(store, path, equal)
     files: list[str] = []
     count = 0
-    for pairs in _gathered(_joined(job, rows), PAIRS_PER_FILE):
+    for pairs in _gathered(_joined(job, part, numbers), PAIRS_PER_FILE):
         path = f"{stage_folder(PAIRS, job.fingerprint)}/pairs-{task.part:05d}-{len(files):05d}.parquet"
         write_fragment(store, path, _pair_table(pairs, rows.hashes))
         files.append(path)
         count += len(pairs)
-    comparisons = _comparisons(job, rows)
+    comparisons = _comparisons(job, rows.of(numbers))
     record = PartRecord(
         task.part, natives, open_, copies, comparisons, count, tuple(files), equal.num_rows, tuple(equal_files)
     )
@@ -388,22 +392,6 @@ def found_pairs(task: FoundTask) -> np.ndarray:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _PartRows:
-    """The rows of a part: hashes uint64 (n,), unit vectors float32 (n, d), whether they are at home here, whether they
-    were joined with each other before, and their cells; sorted by hash."""
-
-    hashes: np.ndarray
-    vectors: np.ndarray
-    native: np.ndarray
-    standing: np.ndarray
-    cell: np.ndarray
-
-    def of(self, chosen: np.ndarray) -> "_PartRows":
-        arrays = (self.hashes, self.vectors, self.native, self.standing, self.cell)
-        return _PartRows(*(array[chosen] for array in arrays))
-
-
 def _taking_part(store: Store, job: JoinJob, fragment: str, table: pa.Table) -> tuple[pa.Table, np.ndarray]:
     """The rows of a fragment (with row_hash) that are not gone, and which of them stand, bool (n,)."""
     if job.standing is None:
@@ -436,31 +424,10 @@ def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copi
             return copies_of(vectors, centroids, parts, job.floor, 0)
 
 
-def _read_part(store: Store, job: JoinJob, part: int) -> _PartRows:
-    paths = [fragment_path(REPLICAS, job.fingerprint, fragment) for fragment in job.fragments]
-    rows = pa.concat_tables([read_rows_with(store, path, "part", part) for path in paths])
-    hashes = rows.column("row_hash").to_numpy()
-    order = np.argsort(hashes, kind="stable")
-    return _PartRows(
-        hashes[order],
-        unit_rows(vectors_of(rows.column("embedding"))[order]),
-        rows.column("native").to_numpy()[order],
-        rows.column("standing").to_numpy()[order],
-        rows.column("cell").to_numpy()[order],
-    )
-
-
-def _distinct(rows: _PartRows) -> tuple[_PartRows, pa.Table]:
-    """The rows of which no earlier one has the same vector, and those that stood before; and links (PAIR_SCHEMA) from
-    the others that are at home here to the first of their equals."""
-    number = np.flatnonzero(~rows.standing)
-    vectors = rows.vectors if len(number) == len(rows.hashes) else rows.vectors[number]
-    first = np.arange(len(rows.hashes))
-    first[number] = number[first_equal(vectors)]
-    alone = first == np.arange(len(first))
-    others = np.flatnonzero(~alone & rows.native)
-    links = Pairs(first[others], others, np.ones(len(others), np.float32))
-    return rows if alone.all() else rows.of(alone), _pair_table(links, rows.hashes)
+def _equal_links(part: Part) -> pa.Table:
+    """Links (PAIR_SCHEMA) from rows that are at home here to the first of their equals."""
+    others = np.flatnonzero((part.first != np.arange(len(part.first))) & part.rows.native)
+    return _pair_table(Pairs(part.first[others], others, np.ones(len(others), np.float32)), part.rows.hashes)
 
 
 def _firsts(store: Store, files: Iterable[str], hashes: np.ndarray) -> np.ndarray:
@@ -475,40 +442,64 @@ def _firsts(store: Store, files: Iterable[str], hashes: np.ndarray) -> np.ndarra
     return result
 
 
-def _joined(job: JoinJob, rows: _PartRows) -> Iterator[Pairs]:
-    """The pairs of a part by number of `rows`: of rows at home with each other, and with copies."""
-    device = "cuda" if job.gpus else "cpu"
+def _joined(job: JoinJob, part: Part, numbers: np.ndarray) -> Iterator[Pairs]:
+    """The pairs of some rows, int64 (m,), by number in the part: of rows at home with each other, and with copies."""
     if job.join is Join.CLUSTER:
-        touched = _touched(rows)
-        for pairs in cell_pairs(rows.vectors[touched], rows.cell[touched], job.floor, device):
-            known = rows.standing[touched[pairs.left]] & rows.standing[touched[pairs.right]]
-            yield Pairs(touched[pairs.left], touched[pairs.right], pairs.similarity).where(~known)
-        return
-    join = partial(similar_pairs, device=device) if job.join is Join.EXACT else graph_pairs
-    for base, others in _sides(rows):
-        for pairs in _against(join, rows, base, others, job.floor):
-            yield pairs.where(rows.native[pairs.left] | rows.native[pairs.right])
+        numbers = numbers[np.argsort(part.rows.cell[numbers], kind="stable")]
+    for block, later in part.blocks(numbers, _rows_at_once(job, part.dimension)):
+        for base, others in _sides(block.rows):
+            yield from _against(job, part.rows, (block, base), (block, others))
+        for other in later:
+            if job.join is Join.CLUSTER and other.rows.cell.min() > block.rows.cell.max():
+                break
+            for base, others in _sides_across(block.rows, other.rows):
+                yield from _against(job, part.rows, (block, base), (other, others))
 
 
-def _sides(rows: _PartRows) -> list[tuple[np.ndarray, np.ndarray]]:
+def _rows_at_once(job: JoinJob, dimension: int) -> int:
+    return max(2, job.memory_bytes // (JOIN_BYTES_PER_COMPONENT * max(1, dimension)))
+
+
+def _sides(rows: PartRows) -> list[_Sides]:
     """Rows and those to compare them with, which are compared with one another as well: open rows that are at home with
     all, and copies of open rows with what stands at home."""
-    new = rows.native & ~rows.standing
-    at_home, arrived = rows.native & rows.standing, ~rows.native & ~rows.standing
+    new, at_home, arrived = _kinds(rows)
     sides = [(~new, new), (at_home, arrived)] if at_home.any() else [(~new, new)]
     return [(np.flatnonzero(base), np.flatnonzero(others)) for base, others in sides]
 
 
-def _touched(rows: _PartRows) -> np.ndarray:
-    """Numbers of the rows in cells that have an open row."""
-    return np.flatnonzero(np.isin(rows.cell, rows.cell[~rows.standing]))
+def _sides_across(rows: PartRows, later: PartRows) -> list[_Sides]:
+    """The same of two blocks: rows of one, and those of another to compare them with."""
+    (new, at_home, arrived), (new_later, at_home_later, arrived_later) = map(_kinds, (rows, later))
+    sides = [
+        (np.ones(len(new), bool), new_later),
+        (new, ~new_later),
+        (at_home, arrived_later),
+        (arrived, at_home_later),
+    ]
+    return [(np.flatnonzero(base), np.flatnonzero(others)) for base, others in sides if base.any()]
 
 
-def _comparisons(job: JoinJob, rows: _PartRows) -> int:
+def _kinds(rows: PartRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows are open and at home, stand at home, and are copies of open ones: bool (n,) each."""
+    return rows.native & ~rows.standing, rows.native & rows.standing, ~rows.native & ~rows.standing
+
+
+def _taking_part_in(job: JoinJob, part: Part) -> np.ndarray:
+    """Numbers of the rows that are compared: of equal ones the first, and in a join of cells those with an open row."""
+    rows, alone = part.rows, part.first == np.arange(len(part.first))
+    if job.join is Join.CLUSTER:
+        alone &= np.isin(rows.cell, rows.cell[alone & ~rows.standing])
+    return np.flatnonzero(alone)
+
+
+def _comparisons(job: JoinJob, rows: PartRows) -> int:
     """Pairs of rows among which the join of a part looks."""
     if job.join is Join.CLUSTER:
-        in_cell = np.unique(rows.cell[_touched(rows)], return_counts=True)[1].astype(np.int64)
-        return int((in_cell * (in_cell - 1) // 2).sum())
+        cells, place = np.unique(rows.cell, return_inverse=True)
+        counts = [np.bincount(part, minlength=len(cells)) for part in (place, place[rows.standing])]
+        in_cell, known = (int((count * (count - 1) // 2).sum()) for count in counts)
+        return in_cell - known
     sizes = [(len(base), len(others)) for base, others in _sides(rows)]
     return sum(others * base + others * (others - 1) // 2 for base, others in sizes)
 
@@ -526,20 +517,46 @@ def _gathered(parts: Iterable[Pairs], most: int) -> Iterator[Pairs]:
 
 
 def _against(
-    join: Callable[[np.ndarray, float, int], Iterator[Pairs]],
-    rows: _PartRows,
-    base: np.ndarray,
-    others: np.ndarray,
-    floor: float,
+    job: JoinJob, rows: PartRows, one: tuple[Block, np.ndarray], other: tuple[Block, np.ndarray]
 ) -> Iterator[Pairs]:
-    """The pairs by number of `rows` of the rows `others` with each other and with those of `base`."""
-    if len(others) == 0:
+    """The pairs by number of `rows` of some rows of a block with those of another, and in one block of these with each
+    other."""
+    (block, base), (later, others) = one, other
+    if len(others) == 0 or (block is not later and len(base) == 0):
         return
-    numbers = np.concatenate([base, others])
-    vectors = rows.vectors if len(base) == 0 and len(others) == len(rows.vectors) else rows.vectors[numbers]
-    for pairs in join(vectors, floor, len(base)):
-        one, other = numbers[pairs.left], numbers[pairs.right]
-        yield Pairs(np.minimum(one, other), np.maximum(one, other), pairs.similarity)
+    numbers = np.concatenate([block.numbers[base], later.numbers[others]])
+    vectors, first = _gathered_vectors(one, other), len(base)
+    for pairs in _similar(job, vectors, rows.cell[numbers], first, block is later):
+        if block is not later:
+            pairs = pairs.where((pairs.left < first) & (pairs.right >= first))
+        left, right = numbers[pairs.left], numbers[pairs.right]
+        wanted = (rows.native[left] | rows.native[right]) & ~(rows.standing[left] & rows.standing[right])
+        yield Pairs(np.minimum(left, right), np.maximum(left, right), pairs.similarity).where(wanted)
+
+
+def _similar(job: JoinJob, vectors: np.ndarray, cells: np.ndarray, first: int, within: bool) -> Iterator[Pairs]:
+    """The pairs of rows, but of those below `first` with one another."""
+    device = "cuda" if job.gpus else "cpu"
+    match job.join:
+        case Join.EXACT:
+            return similar_pairs(vectors, job.floor, first, device)
+        case Join.CLUSTER:
+            return cell_pairs(vectors, cells, job.floor, device, first)
+        case Join.GRAPH:  # of two blocks each row looks for its nearest: so none is lost that it has among all rows
+            return graph_pairs(vectors, job.floor, first if within else 0)
+        case _:
+            assert_never(job.join)
+
+
+def _gathered_vectors(one: tuple[Block, np.ndarray], other: tuple[Block, np.ndarray]) -> np.ndarray:
+    """The vectors of some rows of two blocks, one after the other; without a copy where they are all of one."""
+    (block, base), (later, others) = one, other
+    if len(base) == 0 and len(others) == len(later.vectors):
+        return later.vectors
+    vectors = np.empty((len(base) + len(others), later.vectors.shape[1]), np.float32)
+    np.take(block.vectors, base, axis=0, out=vectors[: len(base)], mode="clip")  # which needs no buffer
+    np.take(later.vectors, others, axis=0, out=vectors[len(base) :], mode="clip")
+    return vectors
 
 
 def _pair_table(pairs: Pairs, hashes: np.ndarray) -> pa.Table:

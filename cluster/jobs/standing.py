@@ -163,9 +163,13 @@ def write_decisions(store: Store, path: str, fragment: str, decided: pa.Table, r
     return receipt
 
 
-def decisions_on(store: Store, fingerprint: str, fragment: str) -> tuple[pa.Table, pa.Table]:
-    """What of a fragment stands and what is gone (STANDING_SCHEMA each, by row hash), by earlier decisions."""
-    table = read_fragment(store, fragment_path(STANDING, fingerprint, fragment)).replace_schema_metadata()
+def decisions_on(
+    store: Store, fingerprint: str, fragment: str, first: int = 0, last: int = HASH_SPACE - 1
+) -> tuple[pa.Table, pa.Table]:
+    """What of a fragment stands and what is gone (STANDING_SCHEMA each, by row hash), by earlier decisions on rows with
+    hashes from first to last."""
+    path = fragment_path(STANDING, fingerprint, fragment)
+    table = read_hash_range(store, path, first, last, STANDING_SCHEMA.names).replace_schema_metadata()
     stays = _stays(table)
     return table.filter(pa.array(stays)), table.filter(pa.array(~stays))
 

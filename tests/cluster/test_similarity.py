@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
 from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, vector_column, write_fragment
 from penstock.cluster.jobs import similarity
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
-from penstock.cluster.jobs.groups import are_grouped, group_rows, groups_of
+from penstock.cluster.jobs.groups import group_rows, read_groups
 from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
+from penstock.cluster.jobs.part_rows import Part, row_blocks
 from penstock.cluster.jobs.removal import (
     BucketTask,
     RemovalJob,
@@ -26,6 +29,7 @@ from penstock.cluster.jobs.removal import (
     send_keys,
 )
 from penstock.cluster.jobs.similarity import (
+    JOIN_BYTES_PER_COMPONENT,
     JoinJob,
     PartTask,
     ReplicaTask,
@@ -236,6 +240,69 @@ def test_rows_that_stand_are_joined_with_open_ones_only(root: Path) -> None:
     assert part.comparisons == new * len(old) + new * (new - 1) // 2 < whole.comparisons == ROWS * (ROWS - 1) // 2
 
 
+def _small(job: JoinJob, name: str, rows: int) -> JoinJob:
+    """The same join in the memory of so many rows."""
+    return replace(job, fingerprint=name, memory_bytes=rows * DIMENSION * JOIN_BYTES_PER_COMPONENT)
+
+
+@pytest.mark.parametrize(("parts", "standing"), [(1, "cut"), (3, None)])
+def test_a_part_beyond_memory_has_the_same_pairs(root: Path, parts: int, standing: str | None) -> None:
+    _, hashes, _ = _corpus()
+    _decided(root, "cut", set(hashes[:500].tolist()), set(hashes[700:720].tolist()))
+    store = LocalStore(root)
+    for join in Join:
+        job = _job(root, f"whole-{join}-{parts}-{standing}", parts, join, standing)
+        whole = find_pairs(InProcess(), job)
+        cut = _small(job, f"{job.fingerprint}-cut", 150)
+        records = find_pairs(InProcess(), cut)
+        if join is Join.GRAPH:
+            assert _by_hash(store, job).items() <= _by_hash(store, cut).items()
+        else:
+            assert _by_hash(store, cut) == _by_hash(store, job)
+        facts = [(one.rows, one.open, one.copies, one.comparisons, one.equal) for one in whole]
+        assert facts == [(one.rows, one.open, one.copies, one.comparisons, one.equal) for one in records]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 40), st.integers(2, 50))
+def test_every_two_rows_meet_within_memory(rows: int, most: int) -> None:
+    met: list[tuple[int, int]] = []
+    for held, later in row_blocks(np.arange(rows), most):
+        met += [(int(one), int(other)) for one in held for other in held if one < other]
+        for passing in later:
+            assert len(held) + len(passing) <= most
+            met += [(int(one), int(other)) for one in held for other in passing]
+        assert len(held) <= most
+    assert sorted(met) == [(one, other) for one in range(rows) for other in range(one + 1, rows)]
+
+
+def test_rows_that_are_equal_take_no_memory_of_the_join(tmp_path: Path) -> None:
+    store, random = LocalStore(tmp_path), np.random.default_rng(7)
+    single = unit_rows(random.standard_normal((40, DIMENSION))).astype(np.float16)
+    vectors = np.concatenate([np.repeat(single[:2], 3_000, axis=0), single])[random.permutation(6_040)]
+    hashes = np.sort(random.integers(0, 2**64, len(vectors), dtype=np.uint64))
+    for number, fragment in enumerate(FRAGMENTS[:2]):
+        table = pa.table({"row_hash": hashes[number::2], "embedding": vector_column(vectors[number::2])})
+        write_fragment(store, fragment_path(EMBEDDINGS, "e", fragment), table, Receipt(fragment, len(table), 0))
+    job = _small(JoinJob(str(tmp_path), "p", "e", "c", FRAGMENTS[:2], (0,), Join.EXACT, FLOOR), "p", 50)
+    for fragment in FRAGMENTS[:2]:
+        replicate(ReplicaTask(job, fragment))
+    part = Part(store, [fragment_path("replicas", "p", fragment) for fragment in FRAGMENTS[:2]], 0)
+    numbers = np.flatnonzero(part.first == np.arange(len(part.first)))
+    assert len(numbers) == 40 and len(list(part.blocks(numbers, 50))) == 1
+    (record,) = find_pairs(InProcess(), job)
+    assert record.equal == 6_000 and record.comparisons == 40 * 39 // 2
+    expected = sum(map(len, similar_pairs(unit_rows(single), FLOOR)))
+    assert record.pairs == expected
+
+
+def test_a_fragment_named_twice_is_refused(root: Path) -> None:
+    job = replace(_job(root, "twice", 1), fragments=(FRAGMENTS[0], FRAGMENTS[0]))
+    replicate(ReplicaTask(job, FRAGMENTS[0]))
+    with pytest.raises(ValueError, match=r"row hashes of part 0 \(1000 rows\) must be unique, got 500: no pair could"):
+        join_part(PartTask(job, 0))
+
+
 def test_the_factor_is_predicted_from_a_sample(root: Path) -> None:
     job = _job(root, "x9", 9)
     records = find_pairs(InProcess(), job)
@@ -404,7 +471,9 @@ def test_groups_are_the_components_of_pairs_and_of_links_before(root: Path) -> N
     for buckets in (1, 4):
         job = _removal(root, f"groups-{buckets}", Keep.FIRST, buckets)
         job = replace(job, standing="links", fragments=FRAGMENTS)
-        assert not are_grouped(LocalStore(root), job)
-        pairs = sum(np.bincount(labels) > 1)
-        assert group_rows(job) == pairs and are_grouped(LocalStore(root), job)
-        assert groups_of(LocalStore(root), job, hashes).tolist() == [lowest[label] for label in labels]
+        assert group_rows(InProcess(), job) == sum(np.bincount(labels) > 1)
+        tables = [read_groups(LocalStore(root), job, bucket).to_pylist() for bucket in range(buckets)]
+        assert all(rows == sorted(rows, key=lambda row: row["row_hash"]) for rows in tables)
+        found = {row["row_hash"]: row["group"] for rows in tables for row in rows}
+        assert [found.get(row, row) for row in hashes.tolist()] == [lowest[label] for label in labels]
+        assert group_rows(InProcess(), job) == sum(np.bincount(labels) > 1)  # nothing is done twice

@@ -232,3 +232,10 @@ def test_similarities_that_a_join_cannot_use_are_refused() -> None:
     with pytest.raises(ValueError, match=r"similarity \(0.79\) must be at least 0.8 for join exact.*graph or cluster"):
         list(similar_pairs(clustered(10, 1), 0.79))
     refuse_similarity(0.5, Join.GRAPH)
+
+
+@pytest.mark.parametrize("first", [0, 1, 350, 699, 700])
+def test_rows_of_a_cell_below_first_are_not_compared_with_one_another(first: int) -> None:
+    vectors, cells = clustered(700, 4), np.arange(700) % 3
+    found = as_set(Pairs.joined(list(cell_pairs(vectors, cells, 0.85, first=first))))
+    assert found == {(a, b) for a, b in truth(vectors, 0.85, first=first) if a % 3 == b % 3}

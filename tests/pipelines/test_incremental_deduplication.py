@@ -83,6 +83,10 @@ def _hashes(names: list[str]) -> dict[str, int]:
     return dict(zip(names, row_hashes(names).tolist(), strict=True))
 
 
+def _rows(path: Path) -> int:
+    return int(pq.read_metadata(path).num_rows)
+
+
 def _vectors(path: Path) -> dict[str, np.ndarray]:
     table = pq.read_table(path)
     column = table.column("embedding")
@@ -223,6 +227,20 @@ def test_clean_up_leaves_what_the_next_decision_builds_upon(workspace: Workspace
     after.check()
     assert after.record["earlier"] == before.kept and after.record["carried"]["open"] == 2
     assert before.stays < after.stays
+
+
+@pytest.mark.slow
+def test_a_decision_about_vectors_that_clean_up_took_is_not_built_upon(workspace: Workspace) -> None:
+    before = Decided(workspace.root)
+    folder = workspace.root / f"stages/embeddings/{before.stages['encoded']}"
+    of_two, of_one = sorted((folder / f"{name}.parquet" for name in before.record["encoded"].values()), key=_rows)
+    assert _rows(of_two) < _rows(of_one)
+    (workspace.corpus / "two.jsonl").unlink()
+    of_two.unlink()  # what left cannot be compared with what came
+    run(workspace)
+    after = Decided(workspace.root)
+    after.check()
+    assert after.record["earlier"] is None and after.record["carried"]["open"] == len(after.vectors)
 
 
 @pytest.mark.slow
