@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from penstock.cluster.fragments import Receipt, read_fragment, vector_column, write_fragment
+from penstock.cluster.jobs.dealt_rows import deal_rows
 from penstock.cluster.jobs.document_pairs import DocumentJob, remove_documents
 from penstock.cluster.jobs.document_standing import (
     DECIDED_SCHEMA,
@@ -121,7 +122,8 @@ def decide(store: LocalStore, kept: str, parts: list[Documents], earlier: Decide
     )
     documents = DocumentJob(f"d-{kept}", rows, SHARE, standing and standing_documents(standing))
     remove_documents(session, documents)
-    group_rows(rows)
+    group_rows(session, rows)
+    deal_rows(session, rows, "e", removes=False)
     keep = KeptJob(RowSource(root, "p", "", "e"), rows, kept, documents)
     for name, passages in fragments.items():
         keep_rows(KeptTask(keep, FragmentPair(passages, name, False), f"k{name}"))

@@ -334,7 +334,10 @@ def test_a_small_sample_is_refused(
 
 
 def test_passages_within_documents_are_not_compared_with_others(made: Workspace, ray_session: Session) -> None:
-    late, plain = made.pipeline(passages__type="late"), made.pipeline(embedding__layers=3)
+    late, plain = (
+        made.pipeline(passages__type="late"),
+        made.pipeline(embedding__layers=3, embedding__layers_trained=True),
+    )
     before, after = (resolve(one.config, one.origin) for one in (late, plain))
     store = open_store(str(made.root))
     pair = ModelPair(before, after, published_manifest(before, store))
