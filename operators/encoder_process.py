@@ -127,7 +127,7 @@ class IsolatedEncoder:
             if len(batch) == 1 and len(suspects):  # the second time, and alone
                 reason = HANG if outcome.startswith("no answer") else CRASH
                 call.faults[int(batch[0])] = Fault(reason, f"the encoder's process ended on this text: {outcome}")
-                suspects = np.setdiff1d(suspects, batch)
+                suspects = np.intersect1d(suspects, call.missing())
             else:
                 suspects = batch
             self.start()
