@@ -101,12 +101,15 @@ def read_receipt(store: Store, path: str) -> Receipt:
         return Receipt.from_json(file.schema_arrow.metadata[RECEIPT_KEY])
 
 
-def read_hash_range(store: Store, path: str, first: int, last: int, columns: Sequence[str]) -> pa.Table:
-    """The rows with first <= row_hash <= last of a fragment sorted by row_hash, reading only their row groups."""
-    wanted = [HASH_COLUMN, *(name for name in columns if name != HASH_COLUMN)]
+def read_hash_range(
+    store: Store, path: str, first: int, last: int, columns: Sequence[str], by: str = HASH_COLUMN
+) -> pa.Table:
+    """The rows with first <= row_hash <= last of a fragment sorted by row_hash, or by another column of hashes, reading
+    only their row groups."""
+    wanted = [by, *(name for name in columns if name != by)]
     with open_fragment(store, path) as file:
-        table = file.read_row_groups(_groups_within(file, HASH_COLUMN, first, last), columns=wanted)
-    hashes = table.column(HASH_COLUMN).to_numpy()
+        table = file.read_row_groups(_groups_within(file, by, first, last), columns=wanted)
+    hashes = table.column(by).to_numpy()
     start = int(np.searchsorted(hashes, np.uint64(first), side="left"))
     stop = int(np.searchsorted(hashes, np.uint64(last), side="right"))
     return table.slice(start, stop - start)

@@ -220,7 +220,7 @@ class Deduplicating:
             removed = self._chosen(removal, documents)
             advance(1, f"{removed:,} {_kind(documents)} go")
         group_rows(self.session, removal)
-        deal_rows(self.session, removal, self.embedded.embeddings_fingerprint, removes=documents is None)
+        deal_rows(self.session, removal, self.embedded.embeddings_fingerprint, documents)
         return removed
 
     def _chosen(self, removal: RemovalJob, documents: DocumentJob | None) -> int:

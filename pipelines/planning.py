@@ -76,7 +76,7 @@ from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, docu
 PASSAGES_VERSION = 1
 TRANSFORMS_VERSION = 1
 TRAINING_VERSION = 2
-KEPT_VERSION = 4
+KEPT_VERSION = 5
 ENCODED = "encoded"  # in a lineage: the embeddings that deduplication by meaning read
 SHARDS_VERSION = 1
 EVALUATION_VERSION = 2

@@ -9,40 +9,43 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.cluster.fragments import read_hash_range, read_rows_with, write_fragment
+from penstock.cluster.jobs.document_pairs import WENT_SCHEMA, DocumentJob, passages_gone
 from penstock.cluster.jobs.groups import read_groups
 from penstock.cluster.jobs.pair_ends import bucket_range
 from penstock.cluster.jobs.removal import RemovalJob, removed_of
-from penstock.cluster.jobs.similarity import SIMILARITY
 from penstock.cluster.layout import EMBEDDINGS, REMOVAL, fragment_path
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
+from penstock.operators.sorted_places import places_among
 
-# kept and similarity are null where a row stays, and where whole documents go.
+# What follows the group is null where a row stays; of whole documents that go also where the row is like none in the
+# one that stays. Rows that go by themselves have no kept_document and no share.
 DEALT_SCHEMA = pa.schema(
     [
         ("fragment", pa.int32()),
         ("row_hash", pa.uint64()),
         ("group", pa.uint64()),
-        ("kept", pa.uint64()),
-        (SIMILARITY, pa.float32()),
+        *list(WENT_SCHEMA)[1:],
     ]
 )
 
 
 @dataclass(frozen=True)
 class DealTask:
-    """A bucket of a removal of rows, or (without `removes`) of one of documents, of which the groups are known."""
+    """A bucket of a removal of rows, or of the rows of `documents`, of which the groups are known."""
 
     removal: RemovalJob
     embeddings_fingerprint: str
     bucket: int
-    removes: bool = True
+    documents: DocumentJob | None = None
 
 
-def deal_rows(session: Session, removal: RemovalJob, embeddings_fingerprint: str, removes: bool = True) -> None:
+def deal_rows(
+    session: Session, removal: RemovalJob, embeddings_fingerprint: str, documents: DocumentJob | None = None
+) -> None:
     """Deals out what is known of all rows."""
-    tasks = [DealTask(removal, embeddings_fingerprint, bucket, removes) for bucket in range(removal.buckets)]
+    tasks = [DealTask(removal, embeddings_fingerprint, bucket, documents) for bucket in range(removal.buckets)]
     for _ in session.stream(deal_bucket, tasks):
         pass
 
@@ -52,7 +55,7 @@ def deal_bucket(task: DealTask) -> int:
     Memory: these rows, and the row hashes of a fragment in the bucket.
 
     Raises:
-        ValueError: a row is of no fragment.
+        ValueError: a row is of no fragment, or one that goes is in no group.
     """
     job, store = task.removal, connect(task.removal.root)
     groups = read_groups(store, job, task.bucket)
@@ -68,8 +71,7 @@ def deal_bucket(task: DealTask) -> int:
             f"{task.bucket}) must be of its fragments, these are of none: pairs of other embeddings were joined; run "
             "again"
         )
-    kept, similarity = _removed(store, task, hashes)
-    columns = [pa.array(fragment), groups.column("row_hash"), groups.column("group"), kept, similarity]
+    columns = [pa.array(fragment), groups.column("row_hash"), groups.column("group"), *_gone(store, task, hashes)]
     table = pa.table(columns, schema=DEALT_SCHEMA).take(pa.array(np.argsort(fragment, kind="stable")))
     write_fragment(store, _path(job, task.bucket), table)
     return len(table)
@@ -82,25 +84,25 @@ def read_dealt(store: Store, removal: RemovalJob, fragment: str) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def _removed(store: Store, task: DealTask, hashes: np.ndarray) -> tuple[pa.Array, pa.Array]:
-    """What stays for each of the rows, ascending uint64 (n,), and how similar it is; null for those that stay."""
-    kept, similarity = np.zeros(len(hashes), np.uint64), np.zeros(len(hashes), np.float32)
-    stays = np.ones(len(hashes), bool)
-    if task.removes:
-        removed = removed_of(store, task.removal, task.bucket)
-        row, place = places_among(hashes, removed.column("removed").to_numpy())
-        kept[place] = removed.column("kept").to_numpy()[row]
-        similarity[place] = removed.column(SIMILARITY).to_numpy()[row]
-        stays[place] = False
-    return pa.array(kept, mask=stays), pa.array(similarity, mask=stays)
-
-
-def places_among(ascending: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the wanted, uint64 (n,), are among the ascending ones, and where these stand there: int64 (m,) each."""
-    place = np.searchsorted(ascending, wanted)
-    found = np.flatnonzero(place < len(ascending))
-    found = found[ascending[place[found]] == wanted[found]]
-    return found, place[found]
+def _gone(store: Store, task: DealTask, hashes: np.ndarray) -> list[pa.ChunkedArray]:
+    """What follows the group, for each of the rows, ascending uint64 (n,)."""
+    job, bucket = task.removal, task.bucket
+    documents = task.documents
+    gone = removed_of(store, job, bucket) if documents is None else passages_gone(store, documents, bucket)
+    row, place = places_among(hashes, gone.column("removed").to_numpy())
+    if len(row) < len(gone):
+        raise ValueError(
+            f"rows of removal {job.fingerprint} that go ({len(gone) - len(row)} of {len(gone)} in bucket {bucket}) "
+            "must be in groups, these are in none: groups of other pairs were stored; run again"
+        )
+    at = np.full(len(hashes), -1)
+    at[place] = row
+    taken = gone.take(pa.array(at, mask=at < 0))
+    absent = pa.nulls(len(hashes))
+    return [
+        taken.column(field.name) if field.name in taken.column_names else absent.cast(field.type)
+        for field in list(WENT_SCHEMA)[1:]
+    ]
 
 
 def _path(removal: RemovalJob, bucket: int) -> str:

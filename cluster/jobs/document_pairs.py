@@ -14,15 +14,16 @@ from typing import assert_never
 import numpy as np
 import pyarrow as pa
 
-from penstock.cluster.fragments import read_fragment, read_rows_with, write_fragment
-from penstock.cluster.jobs.pair_ends import EndsTask, bucket_of, write_ends
+from penstock.cluster.fragments import read_fragment, read_hash_range, read_rows_with, write_fragment
+from penstock.cluster.jobs.pair_ends import bucket_of, bucket_range
 from penstock.cluster.jobs.removal import (
     REMOVED_SCHEMA,
     BucketRows,
     BucketTask,
     RemovalJob,
+    deal_pairs,
     descends,
-    passage_column,
+    member_facts,
     remove_duplicates,
     removed_of,
     sortable,
@@ -39,6 +40,7 @@ from penstock.operators.independent_set import Keep, random_keys, ranks
 
 # Of one file: about 150 bytes each while they are put in order.
 INCIDENCES_PER_FILE = 2_000_000
+DOCUMENT_FACT = ("document_hash",)  # of a passage
 # A passage of a document that is similar to `twin`, a passage of another document.
 INCIDENCE_SCHEMA = pa.schema(
     [
@@ -50,6 +52,10 @@ INCIDENCE_SCHEMA = pa.schema(
         (SIMILARITY, pa.float32()),
     ]
 )
+
+# A passage that went with its document, linked to the most similar passage of kept_document, which covers that share of
+# the document.
+WENT_SCHEMA = pa.schema([*REMOVED_SCHEMA, ("kept_document", pa.uint64()), ("share", pa.float32())])
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,7 @@ def count_incidences(task: IncidencesTask) -> int:
 def remove_documents(session: Session, job: DocumentJob) -> int:
     """Decides all documents, stores what goes, and links their passages to similar ones of the document that each goes
     for; returns the number of documents that go. What is done is not done again."""
-    rows = job.rows
-    files = [(path, True) for path in rows.files] + [(path, False) for path in rows.equal_files]
-    for _ in session.stream(write_ends, [EndsTask(job.root, path, job.buckets, both) for path, both in files]):
-        pass
+    deal_pairs(session, job.rows, DOCUMENT_FACT)
     tasks = [DocumentTask(job, bucket) for bucket in range(job.buckets)]
     for step in (send_documents, send_incidences, send_shares, pair_documents):
         for _ in session.stream(step, tasks):
@@ -149,9 +152,10 @@ def send_documents(task: DocumentTask) -> int:
     job, store = task.job, connect(task.job.root)
     if _is_done(store, job, f"rows-{task.bucket:05d}"):
         return 0
-    rows = BucketRows(store, BucketTask(job.rows, task.bucket))
+    bucket = BucketTask(job.rows, task.bucket)
+    rows = BucketRows(store, bucket)
     hashes, of = rows.members()
-    document = passage_column(store, job.rows, hashes, ["document_hash"]).to_numpy()
+    document = member_facts(store, bucket, rows, DOCUMENT_FACT).to_numpy()
     order = np.lexsort((hashes, document, of))
     hashes, of, document = hashes[order], of[order], document[order]
     members = pa.table({"first": rows.own[of], "row": hashes, "document": document})
@@ -254,26 +258,37 @@ def pair_documents(task: DocumentTask) -> int:
 
 def link_passages(task: DocumentTask) -> int:
     """Store the passages of the bucket's documents that go which have similar ones in the document that each goes for,
-    with the most similar of these (REMOVED_SCHEMA, by removed row); returns their number."""
+    with the most similar of these (WENT_SCHEMA, by removed row); returns their number. A document that goes has at
+    least one such passage."""
     job, store = task.job, connect(task.job.root)
     removed = removed_of(store, job.removal, task.bucket)
     found = _told_to(store, job, "incidences", task.bucket)
-    gone, kept = (removed.column(name).to_numpy() for name in ("removed", "kept"))
+    gone, kept, share = (removed.column(name).to_numpy() for name in REMOVED_SCHEMA.names)
     document, row, other, twin, similarity = (found.column(name).to_numpy() for name in INCIDENCE_SCHEMA.names[1:])
     place, number = _matches(gone, document)
-    wanted = place[kept[number] == other[place]]
+    covered = kept[number] == other[place]
+    wanted, number = place[covered], number[covered]
     row, twin, similarity = row[wanted], twin[wanted], similarity[wanted]
     order = np.lexsort((twin, -similarity, row))
     first = order[np.unique(row[order], return_index=True)[1]]
-    table = pa.table([row[first], twin[first], similarity[first]], schema=REMOVED_SCHEMA)
+    columns = [row, twin, similarity, kept[number], share[number]]
+    table = pa.table([column[first] for column in columns], schema=WENT_SCHEMA)
     _write(store, job, f"links-{task.bucket:05d}", table)
     return len(first)
 
 
 def passage_links(store: Store, job: DocumentJob) -> Iterator[pa.Table]:
-    """What link_passages stored, bucket by bucket."""
+    """The links (REMOVED_SCHEMA) that link_passages stored, bucket by bucket of documents."""
     for bucket in range(job.buckets):
-        yield read_fragment(store, _path(job, f"links-{bucket:05d}")).replace_schema_metadata()
+        table = read_fragment(store, _path(job, f"links-{bucket:05d}"), REMOVED_SCHEMA.names)
+        yield table.replace_schema_metadata()
+
+
+def passages_gone(store: Store, job: DocumentJob, bucket: int) -> pa.Table:
+    """What link_passages stored (WENT_SCHEMA) of the row hashes of a bucket, by row hash."""
+    names, hashes = [f"links-{documents:05d}" for documents in range(job.buckets)], bucket_range(bucket, job.buckets)
+    tables = [read_hash_range(store, _path(job, name), *hashes, WENT_SCHEMA.names, "removed") for name in names]
+    return pa.concat_tables(tables).replace_schema_metadata().sort_by("removed")
 
 
 class _Facts:

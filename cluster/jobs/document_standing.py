@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, write_fragment
 from penstock.cluster.jobs.document_pairs import DocumentJob
-from penstock.cluster.jobs.removal import removed_rows
 from penstock.cluster.jobs.standing import (
     Carried,
     StandingJob,
@@ -27,6 +27,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.document_identity import document_hashes
 from penstock.operators.identity import TEXT_HASH_TYPE, fingerprint
+from penstock.operators.sorted_places import places_among
 
 # By row_hash, which is that of a document here. kept_hash is its own where it stays, and similarity the share of its
 # passages that are in the one that stays for it.
@@ -144,20 +145,25 @@ def carry_passages(task: DocumentCarryTask) -> Receipt:
     return write_decisions(store, path, name, rows, read_receipt(store, single).rows_in)
 
 
-def keep_documents(store: Store, job: DocumentJob, fragment: str, path: str, rows: pa.Table) -> np.ndarray:
+def keep_documents(
+    store: Store, job: DocumentJob, fragment: str, path: str, rows: pa.Table, dealt: pa.Table
+) -> np.ndarray:
     """Write to `path` what is decided (DECIDED_SCHEMA) of the documents of an embeddings fragment, of which `rows` are
-    row_hash, text_hash and document_hash of the passages (n); returns which of these go, bool (n,)."""
+    row_hash, text_hash and document_hash of the passages (n), and `dealt` is what read_dealt gives; returns which of
+    the passages go, bool (n,)."""
     document = rows.column("document_hash").to_numpy()
     own, texts = document_hashes(document, rows.column("row_hash").to_numpy(), rows.column("text_hash"))
     kept, share = own.copy(), np.ones(len(own), np.float32)
     if job.standing is not None:
         table = decisions_on(store, job.standing, fragment)[1]
-        place = np.searchsorted(own, table.column("row_hash").to_numpy())
-        kept[place], share[place] = table.column("kept_hash").to_numpy(), table.column("similarity").to_numpy()
-    for table in removed_rows(store, job.removal):
-        here = table.filter(pa.array(np.isin(table.column("removed").to_numpy(), own)))
-        place = np.searchsorted(own, here.column("removed").to_numpy())
-        kept[place], share[place] = here.column("kept").to_numpy(), here.column("similarity").to_numpy()
+        here, place = places_among(own, table.column("row_hash").to_numpy())
+        kept[place] = table.column("kept_hash").to_numpy()[here]
+        share[place] = table.column("similarity").to_numpy()[here]
+    went = dealt.filter(pc.is_valid(dealt.column("kept_document")))  # of each document that goes some passages
+    here, row = places_among(went.column("row_hash").to_numpy(), rows.column("row_hash").to_numpy())
+    place = np.searchsorted(own, document[here])
+    kept[place] = went.column("kept_document").to_numpy()[row]
+    share[place] = went.column("share").to_numpy()[row]
     write_fragment(store, path, pa.table([own, texts, kept, share], schema=DECIDED_SCHEMA))
     goes: np.ndarray = (kept != own)[np.searchsorted(own, document)]
     return goes

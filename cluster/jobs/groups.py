@@ -19,14 +19,17 @@ from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, rea
 from penstock.cluster.jobs.pair_ends import bucket_of
 from penstock.cluster.jobs.removal import RemovalJob
 from penstock.cluster.jobs.similarity import LEFT, PAIR_SCHEMA, PAIRS_PER_FILE, RIGHT, stored_pairs
-from penstock.cluster.jobs.standing import decisions_on
-from penstock.cluster.layout import REMOVAL, fragment_path, stage_folder
+from penstock.cluster.jobs.standing import GONE, decisions_on
+from penstock.cluster.layout import REMOVAL, STANDING, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.independent_set import component_labels
 
 MOVED = "moved"
+# Fragments of which one task reads the earlier decisions: of most a receipt says that nothing is gone, which takes
+# milliseconds to read from an object store, and every bucket reads each file of links.
+FRAGMENTS_PER_TASK = 128
 LINKED_SCHEMA = pa.schema([("bucket", pa.int64()), ("row", pa.uint64()), ("neighbour", pa.uint64())])
 _Ends = tuple[np.ndarray, np.ndarray]
 _Links = tuple[np.ndarray, np.ndarray, int]  # higher and lower rows, and how many of these links are new
@@ -34,11 +37,11 @@ _Links = tuple[np.ndarray, np.ndarray, int]  # higher and lower rows, and how ma
 
 @dataclass(frozen=True)
 class PairsTask:
-    """The file of a number: of pairs of at least a similarity, or (None) earlier decisions on a fragment."""
+    """The source of a number: files of pairs of at least a similarity, or (None) earlier decisions on fragments."""
 
     job: RemovalJob
     number: int
-    path: str
+    paths: tuple[str, ...]
     least: float | None
 
 
@@ -68,17 +71,14 @@ def read_groups(store: Store, job: RemovalJob, bucket: int) -> pa.Table:
 
 
 def link_pairs(task: PairsTask) -> int:
-    """Link each row of a file of pairs to the lowest that they link it to; returns 0. Memory: 100 bytes for
-    each pair of the file."""
+    """Link each row of a file of pairs to the lowest that they link it to, file by file; returns 0. Memory: 100 bytes
+    for each pair of a file, and PAIRS_PER_FILE links."""
     job, store = task.job, connect(task.job.root)
     name = f"linked-00000-{task.number:05d}"
     if _is_done(store, job, name):
         return 0
-    left, right = _pairs_of(store, task)
-    hashes, place = np.unique(np.concatenate([left, right]), return_inverse=True)
-    labels = component_labels(place[: len(left)], place[len(left) :], len(hashes))
-    apart = labels != np.arange(len(labels))
-    return _write_links(store, job, name, [(hashes[apart], hashes[labels[apart]], 0)], both=True)
+    links = (_to_lowest(*_pairs_of(store, task, path)) for path in task.paths)
+    return _write_links(store, job, name, links, both=True)
 
 
 def link_higher(task: StarTask) -> int:
@@ -131,19 +131,36 @@ def name_groups(task: StarTask) -> int:
 
 def _sources(job: RemovalJob) -> list[PairsTask]:
     decided = job.fragments if job.standing is not None else ()
-    sources: list[tuple[str, float | None]] = [(path, job.similarity) for path in job.files]
-    sources += [(path, 0.0) for path in job.equal_files] + [(fragment, None) for fragment in decided]
+    sources: list[tuple[tuple[str, ...], float | None]] = [((path,), job.similarity) for path in job.files]
+    sources += [((path,), 0.0) for path in job.equal_files]
+    starts = range(0, len(decided), FRAGMENTS_PER_TASK)
+    sources += [(decided[start : start + FRAGMENTS_PER_TASK], None) for start in starts]
     return [PairsTask(job, number, *source) for number, source in enumerate(sources)]
 
 
-def _pairs_of(store: Store, task: PairsTask) -> _Ends:
+def _pairs_of(store: Store, task: PairsTask, path: str) -> _Ends:
     if task.least is None:
-        gone = decisions_on(store, str(task.job.standing), task.path)[1]
-        gone = gone.filter(pc.greater(gone.column("similarity"), 0))  # what a row represents
-        return gone.column("row_hash").to_numpy(), gone.column("kept_hash").to_numpy()
-    pairs = [PAIR_SCHEMA.empty_table(), *stored_pairs(store, [task.path], task.least)]
+        return _decided_pairs(store, str(task.job.standing), path)
+    pairs = [PAIR_SCHEMA.empty_table(), *stored_pairs(store, [path], task.least)]
     left, right = (np.concatenate([table.column(side).to_numpy() for table in pairs]) for side in (LEFT, RIGHT))
     return left, right
+
+
+def _decided_pairs(store: Store, standing: str, fragment: str) -> _Ends:
+    """The rows of a fragment that are gone by earlier decisions, and what represents them."""
+    if not read_receipt(store, fragment_path(STANDING, standing, fragment)).dropped.get(GONE):
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    gone = decisions_on(store, standing, fragment)[1]
+    gone = gone.filter(pc.greater(gone.column("similarity"), 0))  # what a row represents
+    return gone.column("row_hash").to_numpy(), gone.column("kept_hash").to_numpy()
+
+
+def _to_lowest(left: np.ndarray, right: np.ndarray) -> _Links:
+    """Links from the rows of pairs to the lowest that these link each to."""
+    hashes, place = np.unique(np.concatenate([left, right]), return_inverse=True)
+    labels = component_labels(place[: len(left)], place[len(left) :], len(hashes))
+    apart = labels != np.arange(len(labels))
+    return hashes[apart], hashes[labels[apart]], 0
 
 
 def _lowest(links: Iterable[_Ends]) -> _Ends:

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from penstock.cluster.fragments import Receipt, Work, write_fragment
-from penstock.cluster.jobs.dealt_rows import places_among, read_dealt
-from penstock.cluster.jobs.document_pairs import DocumentJob, passage_links
+from penstock.cluster.jobs.dealt_rows import read_dealt
+from penstock.cluster.jobs.document_pairs import DocumentJob
 from penstock.cluster.jobs.document_standing import decided_path, keep_documents
 from penstock.cluster.jobs.removal import REMOVED_SCHEMA, RemovalJob
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource, read_rows
@@ -20,6 +20,7 @@ from penstock.cluster.layout import EMBEDDINGS, KEPT, fragment_path
 from penstock.cluster.node import connect
 from penstock.cluster.storage import Store
 from penstock.operators.sharding import HASH_SPACE
+from penstock.operators.sorted_places import places_among
 
 DUPLICATE_MEANING = "duplicate_meaning"
 # kept_hash and similarity are null where a passage went with its document and has none like it in the one that stays.
@@ -62,7 +63,7 @@ def links_path(fingerprint: str, fragment: str) -> str:
 
 def keep_rows(task: KeptTask) -> Work:
     """Write the embeddings of a fragment that stay, and the links of those that go, which come first. Memory: the
-    fragment, and where whole documents go what goes of one bucket of these."""
+    fragment."""
     started = time.perf_counter()
     job, store = task.job, connect(task.job.source.root)
     embedded, passages = read_rows(store, job.source, task.pair, 0, HASH_SPACE - 1)
@@ -73,7 +74,7 @@ def keep_rows(task: KeptTask) -> Work:
     if job.documents is not None:
         rows = embedded.select(["row_hash", "text_hash"]).append_column("document_hash", passages["document_hash"])
         path = decided_path(job.fingerprint, task.name)
-        goes = keep_documents(store, job.documents, task.pair.embeddings, path, rows)
+        goes = keep_documents(store, job.documents, task.pair.embeddings, path, rows, dealt)
     for table in _gone(store, job, task.pair.embeddings, dealt):
         here, place = places_among(table.column("removed").to_numpy(), hashes)
         goes[here] = True
@@ -99,15 +100,11 @@ def keep_rows(task: KeptTask) -> Work:
 
 
 def _gone(store: Store, job: KeptJob, fragment: str, dealt: pa.Table) -> Iterator[pa.Table]:
-    """What goes of the fragment for another row (REMOVED_SCHEMA, by removed row), by earlier decisions and this one;
-    where whole documents go, links of all fragments."""
+    """What goes of the fragment for another row (REMOVED_SCHEMA, by removed row), by earlier decisions and this one."""
     if job.removal.standing:
         yield decisions_on(store, job.removal.standing, fragment)[1].rename_columns(REMOVED_SCHEMA.names)
-    if job.documents is None:
-        gone = dealt.filter(pc.is_valid(dealt.column("kept")))
-        yield gone.select(["row_hash", "kept", SIMILARITY]).rename_columns(REMOVED_SCHEMA.names)
-    else:
-        yield from passage_links(store, job.documents)
+    gone = dealt.filter(pc.is_valid(dealt.column("kept")))
+    yield gone.select(["row_hash", "kept", SIMILARITY]).rename_columns(REMOVED_SCHEMA.names)
 
 
 def _write_kept(store: Store, task: KeptTask, embedded: pa.Table, went: int, started: float) -> Work:

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from penstock.cluster.fragments import read_hash_range, write_fragment
-from penstock.cluster.jobs.dealt_rows import places_among
 from penstock.cluster.jobs.kept import LINK_SCHEMA, links_path
 from penstock.cluster.jobs.selection import DUPLICATE_TEXT, exclusion_files
 from penstock.cluster.layout import SHARDS, fragment_path
@@ -24,6 +23,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.identity import row_hashes
 from penstock.operators.sharding import shard_range
+from penstock.operators.sorted_places import places_among
 
 # similarity is null where the normalised texts are the same.
 LINKS_SCHEMA = pa.schema(

@@ -8,6 +8,7 @@ A bucket is a range of row hashes: all that is stored by row hash has its rows i
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +24,25 @@ END_SCHEMA = pa.schema(
 )
 
 
+class Sides(StrEnum):
+    """From which of its rows a pair is wanted: of links from the first of equal rows to the others from one of them."""
+
+    BOTH = "both"
+    FIRST = "first"
+    OTHER = "other"
+
+
+_DIRECTIONS = {Sides.BOTH: ((LEFT, RIGHT), (RIGHT, LEFT)), Sides.FIRST: ((LEFT, RIGHT),), Sides.OTHER: ((RIGHT, LEFT),)}
+
+
 @dataclass(frozen=True)
 class EndsTask:
-    """A file of pairs; only `left` ends are wanted of links from the first of equal rows."""
+    """A file of pairs."""
 
     root: str
     path: str
     buckets: int
-    both: bool = True
+    sides: Sides = Sides.BOTH
 
 
 def bucket_of(hashes: np.ndarray, buckets: int) -> np.ndarray:
@@ -46,11 +58,11 @@ def bucket_range(bucket: int, buckets: int) -> tuple[int, int]:
 def write_ends(task: EndsTask) -> int:
     """Write the ends (END_SCHEMA) of the pairs of a file, if that is not done; returns their number. Memory: 150 bytes
     for each pair of the file."""
-    store, path = connect(task.root), _path(task.path, task.buckets)
+    store, path = connect(task.root), _path(task.path, task.buckets, task.sides)
     if store.info(path) is not None:
         return 0
     pairs = read_fragment(store, task.path)
-    directions = ((LEFT, RIGHT), (RIGHT, LEFT)) if task.both else ((LEFT, RIGHT),)
+    directions = _DIRECTIONS[task.sides]
     row, neighbour = (np.concatenate([pairs.column(names[side]).to_numpy() for names in directions]) for side in (0, 1))
     similarity = np.tile(pairs.column(SIMILARITY).to_numpy(), len(directions))
     bucket = bucket_of(row, task.buckets).astype(np.int32)
@@ -60,15 +72,18 @@ def write_ends(task: EndsTask) -> int:
     return len(row)
 
 
-def read_ends(store: Store, files: Iterable[str], buckets: int, bucket: int, similarity: float) -> pa.Table:
+def read_ends(
+    store: Store, files: Iterable[str], buckets: int, bucket: int, similarity: float, sides: Sides = Sides.BOTH
+) -> pa.Table:
     """The ends (END_SCHEMA) of a bucket's rows in some files of pairs that reach a similarity."""
     parts = [END_SCHEMA.empty_table()]
     for path in files:
-        table = read_rows_with(store, _path(path, buckets), "bucket", bucket)
+        table = read_rows_with(store, _path(path, buckets, sides), "bucket", bucket)
         parts.append(table.filter(pa.array(table.column(SIMILARITY).to_numpy() >= np.float32(similarity))))
     return pa.concat_tables(parts)
 
 
-def _path(pairs: str, buckets: int) -> str:
+def _path(pairs: str, buckets: int, sides: Sides) -> str:
     folder, _, name = pairs.rpartition("/")
-    return f"{folder}/ends-{buckets:05d}-{name}"
+    kind = "others" if sides is Sides.OTHER else "ends"
+    return f"{folder}/{kind}-{buckets:05d}-{name}"

@@ -27,7 +27,7 @@ from penstock.cluster.fragments import (
     read_rows_with,
     write_fragment,
 )
-from penstock.cluster.jobs.pair_ends import EndsTask, bucket_of, bucket_range, read_ends, write_ends
+from penstock.cluster.jobs.pair_ends import EndsTask, Sides, bucket_of, bucket_range, read_ends, write_ends
 from penstock.cluster.jobs.selection import kept_rows
 from penstock.cluster.jobs.similarity import SIMILARITY
 from penstock.cluster.jobs.standing import decisions_on
@@ -97,6 +97,15 @@ class BucketTask:
     round: int = 0
 
 
+@dataclass(frozen=True)
+class FactsTask:
+    """Columns of the passages of a bucket's rows."""
+
+    job: RemovalJob
+    bucket: int
+    facts: tuple[str, ...]
+
+
 def buckets_for(pairs: int) -> int:
     return max(1, -(-2 * pairs // BUCKET_PAIRS))
 
@@ -104,9 +113,7 @@ def buckets_for(pairs: int) -> int:
 def remove_duplicates(session: Session, job: RemovalJob) -> int:
     """Decides all rows and stores what goes; returns the number of rows that go. What is done is not done again."""
     buckets = range(job.buckets)
-    files = [(path, True) for path in job.files] + [(path, False) for path in job.equal_files]
-    for _ in session.stream(write_ends, [EndsTask(job.root, path, job.buckets, both) for path, both in files]):
-        pass
+    deal_pairs(session, job, _facts_of(job))
     for step in (send_sizes, send_keys, order_neighbours) if _weighted(job) else (send_keys, order_neighbours):
         for _ in session.stream(step, [BucketTask(job, bucket) for bucket in buckets]):
             pass
@@ -115,7 +122,42 @@ def remove_duplicates(session: Session, job: RemovalJob) -> int:
         tasks = [BucketTask(job, bucket, number) for bucket in buckets]
         undecided = sum(session.stream(decide, tasks))
         number += 1
-    return sum(session.stream(represent, [BucketTask(job, bucket, number) for bucket in buckets]))
+    for _ in session.stream(represent, [BucketTask(job, bucket, number) for bucket in buckets]):
+        pass
+    return sum(session.stream(gather_removed, [BucketTask(job, bucket) for bucket in buckets]))
+
+
+def deal_pairs(session: Session, job: RemovalJob, facts: tuple[str, ...]) -> None:
+    """Deals pairs out to the buckets of both rows, links to those of the first of equal rows, and what passages say of
+    its equals (passage_column of `facts`) as well."""
+    ends = [EndsTask(job.root, path, job.buckets) for path in job.files]
+    for sides in (Sides.FIRST, Sides.OTHER) if facts else (Sides.FIRST,):
+        ends += [EndsTask(job.root, path, job.buckets, sides) for path in job.equal_files]
+    for _ in session.stream(write_ends, ends):
+        pass
+    tasks = [FactsTask(job, bucket, facts) for bucket in range(job.buckets)]
+    for _ in session.stream(send_facts, tasks if facts and job.equal_files else []):
+        pass
+
+
+def send_facts(task: FactsTask) -> int:
+    """Tell the first of equal rows what passages say of those of its equals that are rows of the bucket; returns the
+    number of these. So the passages of a bucket are read for it alone: equal rows are anywhere."""
+    job, store = task.job, connect(task.job.root)
+    name = f"equals-{task.bucket:05d}"
+    if _is_done(store, job, name):
+        return 0
+    links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0, Sides.OTHER).sort_by("row")
+    row = links.column("row").to_numpy()
+    messages = pa.table(
+        {
+            "first": links.column("neighbour"),
+            "row": row,
+            "fact": passage_column(store, job, row, list(task.facts)),
+        }
+    )
+    _write(store, job, name, messages.sort_by([("first", "ascending"), ("row", "ascending")]))
+    return len(row)
 
 
 def send_sizes(task: BucketTask) -> int:
@@ -212,9 +254,11 @@ def decide(task: BucketTask) -> int:
 
 
 def represent(task: BucketTask) -> int:
-    """Store the bucket's rows that go with the row that represents each (REMOVED_SCHEMA, by removed row); returns their
-    number."""
+    """Store the bucket's rows that go, and rows that are equal to these, with the row that represents each
+    (REMOVED_SCHEMA, by removed row); returns their number."""
     job, store = task.job, connect(task.job.root)
+    if _is_done(store, job, f"gone-{task.bucket:05d}"):
+        return 0
     bucket = _Bucket(store, task)
     gone, kept, similarity = representatives(bucket.neighbours, bucket.states)
     known = read_fragment(store, _path(job, f"own-{task.bucket:05d}"))
@@ -222,16 +266,27 @@ def represent(task: BucketTask) -> int:
     own_similarity, goes = np.ones(len(own), np.float32), np.searchsorted(own, bucket.hashes[gone])
     stands_for = stands_for.copy()
     stands_for[goes], own_similarity[goes] = bucket.best[kept], similarity
-    links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0)
+    links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0, Sides.FIRST)
     first = np.searchsorted(own, links.column("row").to_numpy())
     rows = np.concatenate([own, links.column("neighbour").to_numpy()])
     of = np.concatenate([np.arange(len(own)), first])
     order = np.argsort(rows, kind="stable")
     order = order[rows[order] != stands_for[of[order]]]
     columns = [rows[order], stands_for[of[order]], own_similarity[of[order]]]
-    receipt = Receipt(f"removed-{task.bucket:05d}", len(order), len(order))
-    _write(store, job, f"removed-{task.bucket:05d}", pa.table(columns, schema=REMOVED_SCHEMA), receipt)
+    _write(store, job, f"gone-{task.bucket:05d}", pa.table(columns, schema=REMOVED_SCHEMA))
     return len(order)
+
+
+def gather_removed(task: BucketTask) -> int:
+    """Store what goes of the hashes of a bucket (REMOVED_SCHEMA, by removed row), by whatever bucket it was decided: a
+    row goes with the first of its equals, which is in any. Returns the number of rows."""
+    job, store = task.job, connect(task.job.root)
+    name = f"removed-{task.bucket:05d}"
+    if _is_done(store, job, name):
+        return read_receipt(store, _path(job, name)).rows_out
+    removed = _told_in(store, job, "gone", task.bucket, REMOVED_SCHEMA.names).sort_by("removed")
+    _write(store, job, name, removed, Receipt(name, len(removed), len(removed)))
+    return len(removed)
 
 
 def removed_rows(store: Store, job: RemovalJob) -> Iterator[pa.Table]:
@@ -241,7 +296,7 @@ def removed_rows(store: Store, job: RemovalJob) -> Iterator[pa.Table]:
 
 
 def removed_of(store: Store, job: RemovalJob, bucket: int) -> pa.Table:
-    """What goes of a bucket (REMOVED_SCHEMA), by row hash."""
+    """What goes of the row hashes of a bucket (REMOVED_SCHEMA), by row hash."""
     return read_fragment(store, _path(job, f"removed-{bucket:05d}")).replace_schema_metadata()
 
 
@@ -296,7 +351,7 @@ class BucketRows:
     def __init__(self, store: Store, task: BucketTask) -> None:
         job = task.job
         pairs = read_ends(store, job.files, job.buckets, task.bucket, job.similarity)
-        links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0)
+        links = read_ends(store, job.equal_files, job.buckets, task.bucket, 0.0, Sides.FIRST)
         self.row, self.neighbour, self.similarity = (pairs.column(i).to_numpy() for i in (1, 2, 3))
         first, self.equal = (links.column(i).to_numpy() for i in (1, 2))
         self.own = np.unique(np.concatenate([self.row, first]))
@@ -319,7 +374,7 @@ class BucketRows:
 def _preferred(store: Store, task: BucketTask, rows: BucketRows) -> tuple[pa.Array, np.ndarray]:
     """What each of the bucket's rows is preferred by, and which of its equals that is: uint64 (n,)."""
     job, (hashes, of) = task.job, rows.members()
-    keys = pa.array(_degrees(store, task, rows)[of]) if job.keep is Keep.DENSEST else _keys(store, job, hashes)
+    keys = pa.array(_degrees(store, task, rows)[of]) if job.keep is Keep.DENSEST else _keys(store, task, rows, hashes)
     if len(rows.equal) == 0:
         return keys, hashes
     rank = ranks(keys, hashes, descends(job))
@@ -344,19 +399,23 @@ def _degrees(store: Store, task: BucketTask, rows: BucketRows) -> np.ndarray:
     return degrees
 
 
-def _keys(store: Store, job: RemovalJob, rows: np.ndarray) -> pa.Array:
-    """What each of some rows, ascending uint64 (n,), is preferred by, where that is a fact of the row."""
+def _keys(store: Store, task: BucketTask, rows: BucketRows, members: np.ndarray) -> pa.Array:
+    """What each of the members of a bucket's rows, uint64 (k,), is preferred by, where that is a fact of the row."""
+    facts = _facts_of(task.job)
+    return member_facts(store, task, rows, facts) if facts else pa.array(random_keys(members, task.job.seed))
+
+
+def _facts_of(job: RemovalJob) -> tuple[str, ...]:
+    """The columns of passages by which single rows are preferred."""
     match job.keep:
-        case Keep.RANDOM:
-            return pa.array(random_keys(rows, job.seed))
         case Keep.LONGEST:
-            return passage_column(store, job, rows, ["tokens"])
+            return ("tokens",)
         case Keep.FIRST:
-            return passage_column(store, job, rows, ["source", "position", "ordinal"])
+            return ("source", "position", "ordinal")
         case Keep.COLUMN:
-            return passage_column(store, job, rows, [job.column])
-        case Keep.DENSEST:
-            raise ValueError(f"keep ({job.keep}) must be a fact of single rows here; count neighbours")
+            return (job.column,)
+        case Keep.RANDOM | Keep.DENSEST:
+            return ()
         case _:
             assert_never(job.keep)
 
@@ -374,6 +433,17 @@ def stands_of(store: Store, job: RemovalJob, bucket: int, own: np.ndarray) -> np
 
 def descends(job: RemovalJob) -> bool:
     return job.descending if job.keep is Keep.COLUMN else job.keep in (Keep.LONGEST, Keep.DENSEST)
+
+
+def member_facts(store: Store, task: BucketTask, rows: BucketRows, names: tuple[str, ...]) -> pa.Array:
+    """passage_column of rows.members(): read of the bucket's rows, and told of those that are equal to these."""
+    job = task.job
+    own = passage_column(store, job, rows.own, list(names))
+    if not job.equal_files:
+        return own
+    told = _told_in(store, job, "equals", task.bucket, ["first", "row", "fact"])
+    order = np.argsort(np.concatenate([rows.own, told.column("row").to_numpy()]), kind="stable")
+    return pa.chunked_array([own, *told.column("fact").chunks]).take(pa.array(order)).combine_chunks()
 
 
 def passage_column(store: Store, job: RemovalJob, own: np.ndarray, names: list[str]) -> pa.Array:
@@ -421,6 +491,13 @@ def sortable(columns: list[pa.Array]) -> pa.Array:
 def _messages(store: Store, job: RemovalJob, name: str, bucket: int) -> pa.Table:
     """The rows for a bucket in a file sorted by bucket."""
     return read_rows_with(store, _path(job, name), "bucket", bucket)
+
+
+def _told_in(store: Store, job: RemovalJob, kind: str, bucket: int, columns: list[str]) -> pa.Table:
+    """Columns of what all buckets wrote of a kind, sorted by the first, of the hashes of one bucket in it."""
+    hashes, names = bucket_range(bucket, job.buckets), [f"{kind}-{sender:05d}" for sender in range(job.buckets)]
+    tables = [read_hash_range(store, _path(job, name), *hashes, columns, columns[0]) for name in names]
+    return pa.concat_tables(tables).replace_schema_metadata()
 
 
 def _write(store: Store, job: RemovalJob, name: str, table: pa.Table, receipt: Receipt | None = None) -> None:

@@ -298,15 +298,17 @@ def join_part(task: PartTask) -> PartRecord:
     job, store = task.job, connect(task.job.root)
     part = Part(store, [fragment_path(REPLICAS, job.fingerprint, fragment) for fragment in job.fragments], task.part)
     rows, equal, numbers = part.rows, _equal_links(part), _taking_part_in(job, part)
+    folder = stage_folder(PAIRS, job.fingerprint)
     natives, copies = int(rows.native.sum()), int(np.count_nonzero(~rows.native))
     open_ = int(np.count_nonzero(rows.native & ~rows.standing))
-    equal_files = [f"{stage_folder(PAIRS, job.fingerprint)}/equal-{task.part:05d}.parquet"] if equal.num_rows else []
-    for path in equal_files:
-        write_fragment(store, path, equal)
+    equal_files: list[str] = []
+    for start in range(0, len(equal), PAIRS_PER_FILE):
+        equal_files.append(f"{folder}/equal-{task.part:05d}-{len(equal_files):05d}.parquet")
+        write_fragment(store, equal_files[-1], equal.slice(start, PAIRS_PER_FILE))
     files: list[str] = []
     count = 0
     for pairs in _gathered(_joined(job, part, numbers), PAIRS_PER_FILE):
-        path = f"{stage_folder(PAIRS, job.fingerprint)}/pairs-{task.part:05d}-{len(files):05d}.parquet"
+        path = f"{folder}/pairs-{task.part:05d}-{len(files):05d}.parquet"
         write_fragment(store, path, _pair_table(pairs, rows.hashes))
         files.append(path)
         count += len(pairs)

@@ -19,6 +19,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.identity import TEXT_HASH_TYPE
 from penstock.operators.sharding import HASH_SPACE, shard_range
+from penstock.operators.sorted_places import places_among
 
 # Rows of one range that came or left: about 60 bytes each while they are compared.
 RANGE_ROWS = 4_000_000
@@ -190,9 +191,9 @@ def _decided(store: Store, job: StandingJob, fragment: str, first: int, last: in
     links = read_hash_range(store, job.gone(fragment), first, last, STANDING_SCHEMA.names)
     hashes = rows.column("row_hash").to_numpy()
     kept, similarity = hashes.copy(), np.ones(len(hashes), np.float32)
-    place = np.searchsorted(hashes, links.column("row_hash").to_numpy())
-    kept[place] = pc.fill_null(links.column("kept_hash"), 0).to_numpy()
-    similarity[place] = pc.fill_null(links.column("similarity"), 0).to_numpy()
+    here, place = places_among(hashes, links.column("row_hash").to_numpy())
+    kept[place] = pc.fill_null(links.column("kept_hash"), 0).to_numpy()[here]
+    similarity[place] = pc.fill_null(links.column("similarity"), 0).to_numpy()[here]
     return rows.append_column("kept_hash", pa.array(kept)).append_column("similarity", pa.array(similarity))
 
 

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pytest
 
 from penstock.cluster.fragments import Receipt, read_fragment, vector_column, write_fragment
-from penstock.cluster.jobs.dealt_rows import deal_rows
+from penstock.cluster.jobs.dealt_rows import DEALT_SCHEMA, deal_rows
 from penstock.cluster.jobs.document_pairs import DocumentJob, remove_documents
 from penstock.cluster.jobs.document_standing import (
     DECIDED_SCHEMA,
     DocumentCarry,
     carry_documents,
     decided_path,
+    keep_documents,
     standing_documents,
 )
 from penstock.cluster.jobs.groups import group_rows
@@ -23,8 +24,8 @@ from penstock.cluster.jobs.kept import LINK_SCHEMA, KeptJob, KeptTask, keep_rows
 from penstock.cluster.jobs.removal import RemovalJob
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import JoinJob, find_pairs
-from penstock.cluster.jobs.standing import Carried, StandingJob
-from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
+from penstock.cluster.jobs.standing import STANDING_SCHEMA, Carried, StandingJob
+from penstock.cluster.layout import EMBEDDINGS, PASSAGES, STANDING, fragment_path
 from penstock.cluster.local_store import LocalStore
 from penstock.operators.identity import fingerprint, hash_texts, row_hashes
 from penstock.operators.independent_set import Keep
@@ -123,7 +124,7 @@ def decide(store: LocalStore, kept: str, parts: list[Documents], earlier: Decide
     documents = DocumentJob(f"d-{kept}", rows, SHARE, standing and standing_documents(standing))
     remove_documents(session, documents)
     group_rows(session, rows)
-    deal_rows(session, rows, "e", removes=False)
+    deal_rows(session, rows, "e", documents)
     keep = KeptJob(RowSource(root, "p", "", "e"), rows, kept, documents)
     for name, passages in fragments.items():
         keep_rows(KeptTask(keep, FragmentPair(passages, name, False), f"k{name}"))
@@ -239,3 +240,37 @@ def test_what_stays_of_documents_depends_on_neither_their_order_nor_their_fragme
         second = decide(store, f"two-{count}", dealt(shuffled, count + 1), first)
         results.append((first.stays, first.goes, first.links, second.stays, second.goes, second.links))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("lost", [0, 50])
+def test_a_decision_on_a_document_that_is_no_more_says_nothing_of_others(tmp_path: Path, lost: int) -> None:
+    store = LocalStore(tmp_path)
+    decided = pa.table([sorted([lost, 20]), [99, 99], [0.75, 0.75]], schema=STANDING_SCHEMA)
+    write_fragment(store, fragment_path(STANDING, "s", "one"), decided)
+    rows = RemovalJob(str(tmp_path), "r", (), SIMILARITY, Keep.RANDOM, 1)
+    passages = {"row_hash": [1, 2, 3], "document_hash": [30, 10, 20]}
+    table = pa.table({name: pa.array(column, pa.uint64()) for name, column in passages.items()})
+    table = table.append_column("text_hash", hash_texts(["a", "b", "c"]))
+    job = DocumentJob("d", rows, SHARE, "s")
+    goes = keep_documents(store, job, "one", "kept.parquet", table, DEALT_SCHEMA.empty_table())
+    assert goes.tolist() == [False, False, True]
+    found = read_fragment(store, "kept.parquet").to_pylist()
+    assert {row["row_hash"]: row["kept_hash"] for row in found} == {10: 10, 20: 99, 30: 30}
+
+
+def test_a_fragment_is_kept_by_what_was_dealt_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random, store = np.random.default_rng(3), LocalStore(tmp_path)
+    read: list[str] = []
+    reading = LocalStore.open
+    documents = corpus(random, [f"a{number:02d}" for number in range(40)], {})
+    first = decide(store, "one", dealt(documents, 3))
+    monkeypatch.setattr(LocalStore, "open", lambda self, path: read.append(path) or reading(self, path))
+    name, passages = next(iter(first.fragments.items()))
+    (store.root / decided_path("one", f"k{name}")).unlink()
+    rows = RemovalJob(str(tmp_path), "r-one", (), SIMILARITY, Keep.LONGEST, 3, fragments=tuple(first.fragments))
+    keep = KeptJob(RowSource(str(tmp_path), "p", "", "e"), rows, "one", DocumentJob("d-one", rows, SHARE))
+    keep_rows(KeptTask(keep, FragmentPair(passages, name, False), f"k{name}"))
+    stages = [path.split("/", 1)[1] for path in read]
+    assert sorted(path for path in stages if path.startswith(("removal", "document-pairs"))) == [
+        f"removal/r-one/dealt-{bucket:05d}.parquet" for bucket in range(3)
+    ]

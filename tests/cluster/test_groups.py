@@ -115,10 +115,6 @@ def test_each_fragment_is_dealt_what_was_found_of_its_rows(tmp_path: Path) -> No
             assert row["group"] == grouped[row["row_hash"]]
         seen += len(dealt)
     assert seen == len(grouped)
-    deal_rows(InProcess(), job, "e", removes=False)
-    assert read_dealt(store, job, job.fragments[0]).column("kept").null_count == len(
-        read_dealt(store, job, job.fragments[0])
-    )
 
 
 def test_rows_of_no_fragment_are_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from penstock.cluster.jobs.similarity import (
     replicate,
     stored_pairs,
 )
-from penstock.cluster.jobs.standing import STANDING_SCHEMA
+from penstock.cluster.jobs.standing import STANDING_SCHEMA, write_decisions
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES, fragment_path
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
@@ -218,7 +218,7 @@ def _decided(root: Path, name: str, stands: set[int], gone: set[int]) -> None:
         kept = [row if row in stands else 0 for row in own]
         columns = [pa.array(own, pa.uint64()), pa.array(kept, pa.uint64()), pa.array([1.0] * len(own), pa.float32())]
         table = pa.table(columns, schema=STANDING_SCHEMA)
-        write_fragment(LocalStore(root), fragment_path("standing", name, fragment), table)
+        write_decisions(LocalStore(root), fragment_path("standing", name, fragment), fragment, table, rows)
         start += rows
 
 
@@ -464,7 +464,7 @@ def test_groups_are_the_components_of_pairs_and_of_links_before(root: Path) -> N
     columns = [sorted(old), [old[row] for row in sorted(old)], [0.9] * len(old)]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, STANDING_SCHEMA, strict=True)]
     table = pa.table(arrays, schema=STANDING_SCHEMA)
-    write_fragment(LocalStore(root), fragment_path("standing", "links", FRAGMENTS[0]), table)
+    write_decisions(LocalStore(root), fragment_path("standing", "links", FRAGMENTS[0]), FRAGMENTS[0], table, 3)
     similar[3, 700] = similar[4, 700] = similar[700, 3] = similar[700, 4] = True
     count, labels = connected_components(similar, directed=False)
     lowest = [int(hashes[labels == label].min()) for label in range(count)]

@@ -86,3 +86,15 @@ def test_what_is_carried_is_what_sets_say(tmp_path: Path, seed: int, ranges: int
 
 def test_many_rows_are_compared_in_ranges() -> None:
     assert ranges_for(0) == 1 and ranges_for(RANGE_ROWS) == 1 and ranges_for(RANGE_ROWS + 1) == 2
+
+
+@pytest.mark.parametrize("lost", [10, 30])
+def test_a_link_of_a_row_that_is_no_more_says_nothing_of_others(tmp_path: Path, lost: int) -> None:
+    store, kept = LocalStore(tmp_path), {10: 25, 20: 20, 25: 25, 30: 20}
+    rows: Rows = {row: 1 for row in kept}
+    _links(store, "one", kept, rows)
+    _embeddings(store, "one", {row: text for row, text in rows.items() if row != lost})  # embedded again
+    job = StandingJob(str(tmp_path), "s", "e", ("one",), "k", {"one": "links-one"}, 1)
+    assert carry_decisions(InProcess(), job, lambda receipt: None) == Carried(2, 1, 0)
+    stands, gone = (decided.column("row_hash").to_pylist() for decided in decisions_on(store, "s", "one"))
+    assert (stands, gone) == ([20, 25], [40 - lost])
