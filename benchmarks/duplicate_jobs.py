@@ -34,27 +34,21 @@ from penstock.cluster.fragments import Receipt, vector_column, write_fragment
 from penstock.cluster.jobs.clustering import ClusteringJob, fit_centroids
 from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplicates
 from penstock.cluster.jobs.similarity import (
-    GRAPH_COPIES,
     JOIN_MEMORY_BYTES,
-    FactorTask,
     JoinJob,
-    PartsTask,
     affordable,
+    cut_into_parts,
     find_pairs,
     measured_recall,
     parts_for,
-    predict_factor,
-    share_parts,
 )
 from penstock.cluster.layout import EMBEDDINGS, fragment_path
 from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
-from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.independent_set import Keep
-from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID
 from penstock.operators.similar_pairs import Join, unit_rows
 from penstock.pipelines.deduplicating import RECALL_QUERIES
-from penstock.pipelines.shared_centroids import MOST_CELLS, ROWS_PER_CELL
+from penstock.pipelines.shared_centroids import most_parts, own_clustering
 
 FRAGMENT_ROWS = 50_000
 SEED = 5
@@ -119,12 +113,11 @@ def run(real: np.ndarray, rows: int, join: Join, floor: float, work: Path) -> di
     with clock.watching(), Session() as session:
         with clock.step("writing"):
             fragments = write_rows(real, rows, store)
-        stored = 1 + GRAPH_COPIES if join is Join.GRAPH else 1
-        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, stored)
-        cells = max(1, min(rows, MOST_CELLS, max(8 * parts, rows // ROWS_PER_CELL)))
+        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, join, most_parts(rows))
+        clustering = own_clustering(rows, parts, dimension)
+        cells = clustering.cells
         with clock.step("centroids"):
-            training = min(rows, TRAINING_ROWS_PER_CENTROID * cells)
-            spec = ClusteringSpec(cells, dimension, True, training, SEED)
+            spec = clustering.spec(dimension, SEED)
             fit_centroids(session, ClusteringJob(str(work), "c", "e", fragments, rows, spec))
         job = JoinJob(str(work), "p", "e", "c", fragments, (0,) * cells, join, floor)
         with clock.step("parts"):
@@ -163,18 +156,13 @@ def run(real: np.ndarray, rows: int, join: Join, floor: float, work: Path) -> di
 
 
 def decided(session: Session, job: JoinJob, rows: int, parts: int, dimension: int) -> tuple[JoinJob, float]:
-    """The join cut into parts, as `penstock run` decides."""
-    cells = len(job.part_of_cell)
-    if parts == 1:
-        return job, 1.0
-    job = replace(job, part_of_cell=session.run(share_parts, PartsTask(job, rows, parts)))
-    if job.join is not Join.EXACT:
-        return job, 1.0 + (GRAPH_COPIES if job.join is Join.GRAPH else 0)
-    factor = session.run(predict_factor, FactorTask(job, rows, SEED))
+    """The join cut into parts, as `penstock run` decides, but for the cells of a graph that takes the place of it."""
+    cut, factor = cut_into_parts(session, job, rows, parts, SEED)
     join = affordable(job.join, factor)
-    parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is job.join else 1 + GRAPH_COPIES)
-    job = replace(job, join=join, part_of_cell=(0,) * cells)
-    return replace(job, part_of_cell=session.run(share_parts, PartsTask(job, rows, parts))), factor
+    if join is job.join:
+        return cut, factor
+    parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, join, most_parts(rows))
+    return cut_into_parts(session, replace(job, join=join), rows, parts, SEED)
 
 
 def markdown(result: dict[str, Any]) -> str:

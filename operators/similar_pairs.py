@@ -51,6 +51,9 @@ FOLDED_ROWS = 64
 # More than a squared length is off that is added up in float32.
 LENGTH_MARGIN = 4e-6
 GPU_ROWS = 16_384  # of blocks and chunks: 512 MiB of products
+# Products that reach the threshold are named so many and one row at a time: all of two blocks of near copies would be
+# 8 GiB of places.
+MOST_REACHING = 1 << 22
 CANDIDATES = 1 << 16
 PAIR_ROWS = 1_024  # pairs looked at again at once: 3 MiB of rows of 384 components
 GRAPH_LINKS = 32
@@ -302,14 +305,12 @@ class _Filter:
         for offset in range(start, first, self._chunk):
             stop = min(offset + self._chunk, first)
             padded = -(-(stop - offset) // self._step) * self._step
-            found = _reaching(torch.mm(self._rows[offset : offset + padded], block.T), self._threshold)
-            if found is not None:
-                real = (found[0] < stop - offset) & (found[1] < end - first)
-                yield found[0][real] + offset, found[1][real] + first
-        found = _reaching(torch.triu(torch.mm(block, block.T), 1), self._threshold)
-        if found is not None:
-            real = (found[0] < found[1]) & (found[1] < end - first)
-            yield found[0][real] + first, found[1][real] + first
+            for row, column in _reaching(torch.mm(self._rows[offset : offset + padded], block.T), self._threshold):
+                real = (row < stop - offset) & (column < end - first)
+                yield row[real] + offset, column[real] + first
+        for row, column in _reaching(torch.triu(torch.mm(block, block.T), 1), self._threshold):
+            real = (row < column) & (column < end - first)
+            yield row[real] + first, column[real] + first
 
 
 def _rounded_off(rows: torch.Tensor, kind: torch.dtype) -> float:
@@ -321,30 +322,40 @@ def _rounded_off(rows: torch.Tensor, kind: torch.dtype) -> float:
     return max(float(torch.linalg.vector_norm(part - part.to(kind), dim=1).max()) for part in parts)
 
 
-def _reaching(products: torch.Tensor, threshold: float) -> _Places | None:
-    """Where products reach a threshold; None where nowhere."""
+def _reaching(products: torch.Tensor, threshold: float) -> Iterator[_Places]:
+    """Where products (r, c) reach a threshold, in parts of at most MOST_REACHING + c places, or of r * c on the CPU."""
     import torch
 
     if products.device.type == "cpu" and products.dtype is torch.bfloat16 and threshold > 0:
         # Positive floating point numbers are in the order of their bits, which are faster to compare.
         least = int(torch.tensor(threshold).to(torch.bfloat16).view(torch.int16))
-        return _reaching_bits(products.view(torch.int16), least)
-    if not bool(products.max() >= threshold):
-        return None
-    rows, columns = torch.nonzero(products >= threshold, as_tuple=True)
-    return rows.cpu().numpy(), columns.cpu().numpy()
+        yield from _reaching_bits(products.view(torch.int16), least)
+    elif bool(products.max() >= threshold):
+        yield from _named(products >= threshold)
 
 
-def _reaching_bits(bits: torch.Tensor, least: int) -> _Places | None:
+def _named(reaching: torch.Tensor) -> Iterator[_Places]:
+    """The places of bool (r, c) that are true, of some whole rows at a time."""
+    import torch
+
+    upto = torch.cumsum(reaching.sum(1), 0).cpu().numpy()
+    starts = np.flatnonzero(np.diff((upto - 1) // MOST_REACHING, prepend=-2))
+    for first, last in zip(starts, [*starts[1:], len(upto)], strict=True):
+        rows, columns = torch.nonzero(reaching[first:last], as_tuple=True)
+        if len(rows):
+            yield rows.cpu().numpy() + first, columns.cpu().numpy()
+
+
+def _reaching_bits(bits: torch.Tensor, least: int) -> Iterator[_Places]:
     """Where int16 (r, c), r a multiple of FOLDED_ROWS, reach a value: first where the largest of a column in so many
     rows does, which takes a third of the time of comparing them all."""
     folded = bits.view(-1, FOLDED_ROWS, bits.shape[1])
     some = np.flatnonzero(folded.amax(1).numpy() >= least)
     if len(some) == 0:
-        return None
+        return
     fold, column = np.divmod(some, bits.shape[1])
     place, row = np.divmod(np.flatnonzero(folded.numpy()[fold, :, column] >= least), FOLDED_ROWS)
-    return fold[place] * FOLDED_ROWS + row, column[place]
+    yield fold[place] * FOLDED_ROWS + row, column[place]
 
 
 def _filter_type(device: str) -> str:

@@ -19,20 +19,16 @@ from penstock.cluster.jobs.removal import RemovalJob, buckets_for, remove_duplic
 from penstock.cluster.jobs.removed_names import NamesTask, name_ranges, write_names
 from penstock.cluster.jobs.shard_rows import FragmentPair, RowSource
 from penstock.cluster.jobs.similarity import (
-    GRAPH_COPIES,
     JOIN_MEMORY_BYTES,
-    FactorTask,
     HistogramTask,
     JoinJob,
     PartRecord,
-    PartsTask,
     affordable,
+    cut_into_parts,
     find_pairs,
     measured_recall,
     pair_histogram,
     parts_for,
-    predict_factor,
-    share_parts,
 )
 from penstock.cluster.jobs.standing import Carried, StandingJob, carry_decisions, ranges_for
 from penstock.cluster.layout import CENTROIDS, DOCUMENT_PAIRS, KEPT, PAIRS, PASSAGES, REMOVAL, STANDING, stage_folder
@@ -57,12 +53,36 @@ from penstock.pipelines.planning import (
 )
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.records import read_json, write_json
-from penstock.pipelines.shared_centroids import Clustering, join_clustering
+from penstock.pipelines.shared_centroids import Clustering, join_clustering, most_parts, own_clustering
 
 RECALL_QUERIES = 300
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 11
 EXAMPLES, EXAMPLE_MARGIN = 40, 0.02
+
+
+@dataclass(frozen=True)
+class PlannedJoin:
+    """A join as it is done.
+
+    Attributes:
+        factor: rows that it is predicted to store for each row.
+        clustering: of its cells; None where all rows are compared in one part.
+        exact_factor: of the exact join that was asked for, where this one takes its place.
+    """
+
+    job: JoinJob
+    factor: float
+    clustering: Clustering | None
+    exact_factor: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "join": self.job.join.value,
+            "predicted_factor": round(self.factor, 4),
+            "exact_factor": None if self.exact_factor is None else round(self.exact_factor, 4),
+            "centroids": None if self.clustering is None else self.clustering.to_json(),
+        }
 
 
 @dataclass
@@ -89,7 +109,7 @@ class Deduplicating:
         if decision is None:
             raise FileNotFoundError("what stays was written and is gone; run again")
         if decided:
-            self._warn_of(done.deduplicated, Join(decision.record["join"]), decision.record["predicted_factor"])
+            self._warn_of(decision.record["exact_factor"])
         removed = decision.record["removed"]
         dropped = {DUPLICATE_MEANING: removed} if removed else {}
         seconds = time.monotonic() - started
@@ -108,8 +128,7 @@ class Deduplicating:
         Memory: as `run`; each threshold decides in buckets.
         """
         plan = Deduplicated.of(self.resolved, self.embedded)
-        job, factor, _ = self._join_job(plan, self.embedded.rows)
-        self._warn_of(plan, job.join, factor)
+        job = self._planned_join(plan, self.embedded.rows, self.embedded.rows).job
         records = self._pairs(job)
         rows = sum(record.rows for record in records)
         thresholds = sorted({*np.linspace(plan.floor, 1.0, CURVE_STEPS).round(4).tolist(), plan.similarity})
@@ -188,21 +207,20 @@ class Deduplicating:
 
     def _deduplicate(self, plan: Deduplicated) -> None:
         carried, whole = self._carry(plan)
-        job, factor, clustering = self._join_job(plan, carried.standing + carried.open)
-        self._warn_of(plan, job.join, factor)
-        records = self._pairs(job) if carried.open else []
-        recall = self._pair_recall(plan, job, records, carried.open)
+        planned = self._planned_join(plan, carried.standing + carried.open, carried.open)
+        records = self._pairs(planned.job) if carried.open else []
+        recall = self._pair_recall(plan, planned.job, records, carried.open)
         removal = self._in_buckets(self._removal(plan, records), carried.gone)
         documents = self._documents(plan, removal)
         removed = self._decide(removal, documents)
         kept = self._keep(plan, removal, documents)
         self._name(plan, sum(receipt.rows_in - receipt.rows_out for receipt in kept.values()))
-        record = self._joined(job, factor, records) | {
+        record = self._joined(planned, records) | {
             "rule": plan.rule,
             "earlier": plan.earlier,
             "encoded": self.embedded.embeddings,
             "asked": plan.join.value,
-            "centroids": None if clustering is None else clustering.to_json(),
+            "index_cells": None if plan.index_cells is None else plan.index_cells.to_json(),
             "similarity": plan.similarity,
             "carried": asdict(carried),
             "carried_documents": None if whole is None else asdict(whole),
@@ -228,17 +246,16 @@ class Deduplicating:
             return remove_duplicates(self.session, removal)
         return remove_documents(self.session, documents)
 
-    def _joined(self, job: JoinJob, factor: float, records: list[PartRecord]) -> dict[str, Any]:
+    def _joined(self, planned: PlannedJoin, records: list[PartRecord]) -> dict[str, Any]:
         """What the join found."""
+        job = planned.job
         files = tuple(path for one in records for path in one.files)
         counts, edges = self.session.run(pair_histogram, HistogramTask(job.root, files, job.floor, HISTOGRAM_BINS))
-        return {
-            "join": job.join.value,
+        return planned.to_json() | {
             "floor": job.floor,
             "parts": job.parts,
             "copies": sum(one.copies for one in records),
             "comparisons": sum(one.comparisons for one in records),
-            "predicted_factor": round(factor, 4),
             "pairs": sum(one.pairs for one in records),
             "equal_rows": sum(one.equal for one in records),
             "histogram": {"edges": [round(float(edge), 6) for edge in edges], "pairs": counts.tolist()},
@@ -282,11 +299,12 @@ class Deduplicating:
     def _pair_recall(
         self, plan: Deduplicated, job: JoinJob, records: list[PartRecord], open_rows: int
     ) -> dict[str, Any]:
-        """The share of true pairs that the join found, measured once for it."""
+        """The share of true pairs that the join found, measured once for it; of none where no row is open."""
         path = pair_recall_path(plan.pairs)
         found = read_json(self.store, path)
         if found is None:
             share = min(1.0, RECALL_QUERIES / max(open_rows, 1))
+            job = job if open_rows else replace(job, fragments=())
             with self.reporter.stage("pair recall", 1, "sample") as advance:
                 recall = measured_recall(self.session, job, records, share, plan.seed)
                 advance(1, f"{recall.recall:.4f} of {recall.pairs:,} pairs")
@@ -294,24 +312,19 @@ class Deduplicating:
             write_json(self.store, path, found)
         return found
 
-    def _join_job(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float, Clustering | None]:
-        """The join to do of the rows that take part, how many rows it is to store for each, and by which cells: decided
-        once, as pairs are kept by it."""
+    def _planned_join(self, plan: Deduplicated, rows: int, open_rows: int) -> PlannedJoin:
+        """The join of the rows that take part, of which some are open: decided once, as pairs are kept by it."""
         path = f"{stage_folder(PAIRS, plan.pairs)}/join.json"
         record = read_json(self.store, path)
         if record is None:
-            job, factor, clustering = self._decided_join(plan, rows)
-            record = {
-                "join": job.join.value,
-                "part_of_cell": job.part_of_cell,
-                "predicted_factor": factor,
-                "centroids": None if clustering is None else clustering.to_json(),
-            }
-            write_json(self.store, path, record)
-            return job, factor, clustering
-        clustering = Clustering.from_json(record["centroids"])
-        job = self._whole_join(plan, Join(record["join"]), tuple(record["part_of_cell"]), clustering)
-        return job, float(record["predicted_factor"]), clustering
+            planned = self._decided_join(plan, rows, open_rows)
+            write_json(self.store, path, {**planned.to_json(), "part_of_cell": planned.job.part_of_cell})
+        else:
+            clustering = Clustering.from_json(record["centroids"])
+            job = self._whole_join(plan, Join(record["join"]), tuple(record["part_of_cell"]), clustering)
+            planned = PlannedJoin(job, record["predicted_factor"], clustering, record["exact_factor"])
+        self._warn_of(planned.exact_factor)
+        return planned
 
     def _whole_join(
         self, plan: Deduplicated, join: Join, part_of_cell: tuple[int, ...], clustering: Clustering | None
@@ -335,37 +348,39 @@ class Deduplicating:
         asked = self.resolved.pipeline.embedding.workers.gpus
         return asked if asked and self.session.resources().get("GPU", 0) >= asked else 0.0
 
-    def _decided_join(self, plan: Deduplicated, rows: int) -> tuple[JoinJob, float, Clustering | None]:
-        """A join of so many rows whose parts fit into memory."""
-        dimension = self.resolved.encoder.dimension
-        stored = 1 + GRAPH_COPIES if plan.join is Join.GRAPH else 1
-        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, stored)
-        if parts == 1 and plan.join is not Join.CLUSTER:
-            return self._whole_join(plan, plan.join, (0,), None), float(stored), None
-        clustering = join_clustering(self.resolved.pipeline.index, self.embedded.rows, parts)
+    def _decided_join(self, plan: Deduplicated, rows: int, open_rows: int) -> PlannedJoin:
+        """A join of so many rows whose parts fit into memory; where none of them is open, nothing is clustered."""
+        parts = self._parts(plan.join, rows)
+        if open_rows == 0 or (parts == 1 and plan.join is not Join.CLUSTER):
+            return PlannedJoin(self._whole_join(plan, plan.join, (0,), None), 1.0, None)
+        index, of_all, dimension = self.resolved.pipeline.index, self.embedded.rows, self.resolved.encoder.dimension
+        planned = self._cut_join(plan, plan.join, parts, join_clustering(index, of_all, parts, dimension))
+        join = affordable(plan.join, planned.factor)
+        if join is plan.join:
+            return planned
+        # Its pairs are kept for an exact join, of which the index decides nothing.
+        parts = self._parts(join, rows)
+        instead = self._cut_join(plan, join, parts, own_clustering(of_all, parts, dimension))
+        return replace(instead, exact_factor=planned.factor)
+
+    def _parts(self, join: Join, rows: int) -> int:
+        most = most_parts(self.embedded.rows)
+        return parts_for(rows, self.resolved.encoder.dimension, JOIN_MEMORY_BYTES, join, most)
+
+    def _cut_join(self, plan: Deduplicated, join: Join, parts: int, clustering: Clustering) -> PlannedJoin:
+        """A join in so many parts of the cells of a k-means, which is done if it is not yet."""
         self._centroids(plan, clustering)
-        job = self._whole_join(plan, plan.join, (0,) * clustering.cells, clustering)
-        job = self._shared(job, self.embedded.rows, parts)
-        if parts == 1 or plan.join is not Join.EXACT:
-            return job, float(stored), clustering
-        factor = self.session.run(predict_factor, FactorTask(job, self.embedded.rows, plan.seed))
-        join = affordable(plan.join, factor)
-        parts = parts_for(rows, dimension, JOIN_MEMORY_BYTES, factor if join is plan.join else 1 + GRAPH_COPIES)
-        return self._shared(replace(job, join=join), self.embedded.rows, parts), factor, clustering
+        job = self._whole_join(plan, join, (0,) * clustering.cells, clustering)
+        job, factor = cut_into_parts(self.session, job, self.embedded.rows, parts, plan.seed)
+        return PlannedJoin(job, factor, clustering)
 
-    def _warn_of(self, plan: Deduplicated, join: Join, factor: float) -> None:
-        """Tells that another join than the one asked for found the pairs."""
-        if join is not plan.join:
+    def _warn_of(self, exact_factor: float | None) -> None:
+        """Tells that the graph join took the place of an exact one, of which the factor is given then."""
+        if exact_factor is not None:
             self.reporter.warn(
-                f"an exact join would store {factor:.1f} rows for each row; the graph join takes its place, which "
-                "misses some pairs: pair_recall of kept.json and of dedup-curve say what share it finds"
+                f"an exact join would store {exact_factor:.1f} rows for each row; the graph join takes its place, "
+                "which misses some pairs: pair_recall of kept.json and of dedup-curve say what share it finds"
             )
-
-    def _shared(self, job: JoinJob, rows: int, parts: int) -> JoinJob:
-        """With cells shared out to so many parts."""
-        if parts == 1:
-            return job
-        return replace(job, part_of_cell=self.session.run(share_parts, PartsTask(job, rows, parts)))
 
     def _centroids(self, plan: Deduplicated, clustering: Clustering) -> None:
         job = centroids_job(self.store.url, plan, self.embedded, clustering, self.resolved.encoder.dimension)

@@ -70,7 +70,7 @@ from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
 from penstock.pipelines.model_identity import identity_words, is_same_dimension, is_same_model, model_identity
 from penstock.pipelines.records import read_json
-from penstock.pipelines.shared_centroids import Clustering, index_clustering, most_stay
+from penstock.pipelines.shared_centroids import Clustering, index_clustering, most_stay, shared_clustering
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
 
 PASSAGES_VERSION = 1
@@ -343,8 +343,9 @@ class Embedded:
 class Deduplicated:
     """The identities of deduplication by meaning: centroids, pairs, what goes, and the embeddings that stay.
 
-    Pairs are kept whatever the cells they were found by: these are decided with the first join. `clustering` says which
-    they were, once there is a decision, and None where there were none.
+    Pairs of an exact join are kept whatever the cells they were found by: these are decided with the first join. Other
+    joins find others by other cells: `index_cells` is the k-means of the index, which theirs is where it suits.
+    `clustering` says by which cells pairs were found, once there is a decision, and None where there were none.
     """
 
     centroids: str
@@ -357,23 +358,34 @@ class Deduplicated:
     seed: int
     rule: str
     earlier: str | None = None
+    index_cells: Clustering | None = None
     clustering: Clustering | None = None
 
     @classmethod
     def of(cls, resolved: Resolved, embedded: Embedded, earlier: str | None = None) -> "Deduplicated":
         """Those of the embeddings of a pipeline file: of the whole corpus, or of what is to decide since an earlier
         decision."""
+        asked, dimension = resolved.pipeline.deduplicate, resolved.encoder.dimension
+        cells = shared_clustering(resolved.pipeline.index, embedded.rows, 1, dimension)
+        return cls.by_cells(resolved, embedded, earlier, None if asked.join is Join.EXACT else cells)
+
+    @classmethod
+    def by_cells(
+        cls, resolved: Resolved, embedded: Embedded, earlier: str | None, index_cells: Clustering | None
+    ) -> "Deduplicated":
+        """Those where the index had other cells to share."""
         asked = resolved.pipeline.deduplicate
         members = fingerprint_set(list(embedded.embeddings.values()))
         centroids = fingerprint(stage=CENTROIDS, of=PAIRS, version=KEPT_VERSION, embeddings=members, seed=asked.seed)
-        since = {} if earlier is None else {"since": earlier}
+        since: dict[str, Any] = {} if earlier is None else {"since": earlier}
+        since |= {} if index_cells is None else {"index_cells": index_cells.to_json()}
         pairs = fingerprint(stage=PAIRS, centroids=centroids, join=asked.join.value, floor=asked.least, **since)
         rule = {"pairs": pairs, "selection": resolved.selection_fingerprint, "keep": asked.keep, "seed": asked.seed}
         if asked.level is Level.DOCUMENT:
             rule |= {"level": asked.level.value, "share": asked.covered_share}
         kept = fingerprint(stage=KEPT, similarity=asked.similarity, **rule)
         found = centroids, pairs, rule, kept, asked.join, asked.least, asked.similarity, asked.seed
-        return cls(*found, rule=_rule(resolved), earlier=earlier)
+        return cls(*found, rule=_rule(resolved), earlier=earlier, index_cells=index_cells)
 
     def centroids_of(self, clustering: Clustering) -> str:
         """The centroids of a k-means."""
@@ -429,7 +441,8 @@ def deduplication_of(resolved: Resolved, embedded: Embedded, store: Store) -> De
     if part_of_corpus(resolved, embedded.facts) is not None:
         return Deduplicated.of(resolved, embedded)
     for found in earlier_decisions(store, resolved.pipeline.name, _rule(resolved)):
-        again = Deduplicated.of(resolved, embedded, found.earlier)
+        cells = Clustering.from_json(found.record["index_cells"])  # a decision stands whatever the index is since
+        again = Deduplicated.by_cells(resolved, embedded, found.earlier, cells)
         if again.kept == found.kept:
             return again
         if can_build_upon(store, found, embedded.embeddings_fingerprint, embedded.embeddings.values()):

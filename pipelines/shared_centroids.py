@@ -9,6 +9,7 @@ many cells suit the join.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from penstock.cluster.jobs.similarity import JOIN_MEMORY_BYTES
 from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.indexing import TRAINING_ROWS_PER_CENTROID, Family
 from penstock.pipelines.config import Index
@@ -16,6 +17,8 @@ from penstock.pipelines.config import Index
 ROWS_PER_CELL = 500
 MOST_CELLS = 4_096  # the planes between them take 8 bytes for each two
 CELLS_PER_PART = 8
+# Bytes of a component of the rows that k-means is trained on: as they are stored, in float32, and as faiss draws them.
+SAMPLE_BYTES_PER_COMPONENT = 10
 # Rows of a sample that faiss trains each centroid on, at most (ClusteringParameters). The 39 that suffice for a join
 # cost searches 1.4 points of recall@10 at 1 and 0.7 at 16 of 400 cells (98,645 rows of 384 components); with 256,
 # recall is that of centroids trained on the rows that stay.
@@ -49,13 +52,35 @@ class Clustering:
         return ClusteringSpec(self.cells, dimension, spherical=True, training_rows=self.training_rows, seed=seed)
 
 
-def join_clustering(index: Index, rows: int, parts: int) -> Clustering:
+def join_clustering(index: Index, rows: int, parts: int, dimension: int) -> Clustering:
     """What a join of so many rows in so many parts takes: the k-means of the index where that suits, else its own."""
+    return shared_clustering(index, rows, parts, dimension) or own_clustering(rows, parts, dimension)
+
+
+def shared_clustering(index: Index, rows: int, parts: int, dimension: int) -> Clustering | None:
+    """The k-means of the index, where it suits a join of so many parts and its sample fits into memory. For one part,
+    whatever of the index decides by which cells a join of any parts is done."""
     shared = index_clustering(index, rows)
-    if shared is not None and suits_join(shared.cells, rows, parts):
-        return shared
+    if shared is None or shared.training_rows > most_training_rows(dimension):
+        return None
+    return shared if suits_join(shared.cells, rows, parts) else None
+
+
+def own_clustering(rows: int, parts: int, dimension: int) -> Clustering:
+    """The k-means of a join that shares none: what the index is does not matter."""
     cells = max(1, min(rows, MOST_CELLS, max(CELLS_PER_PART * parts if parts > 1 else 1, rows // ROWS_PER_CELL)))
-    return Clustering(cells, max(cells, min(rows, TRAINING_ROWS_PER_CENTROID * cells)))
+    sample = min(rows, TRAINING_ROWS_PER_CENTROID * cells, most_training_rows(dimension))
+    return Clustering(cells, max(cells, sample))
+
+
+def most_training_rows(dimension: int) -> int:
+    """Rows of a sample that k-means takes in the memory of a join."""
+    return JOIN_MEMORY_BYTES // (SAMPLE_BYTES_PER_COMPONENT * dimension)
+
+
+def most_parts(rows: int) -> int:
+    """Parts of a join, made of whole cells, that there are enough cells for."""
+    return max(1, min(rows, MOST_CELLS) // CELLS_PER_PART)
 
 
 def index_clustering(index: Index, rows: int) -> Clustering | None:

@@ -7,7 +7,7 @@ down to a floor, from which every higher threshold is a filter.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import assert_never
 
 import numpy as np
@@ -19,20 +19,22 @@ from penstock.cluster.fragments import (
     open_fragment,
     read_fragment,
     read_hash_range,
+    read_receipt,
     vector_column,
     vectors_of,
     write_fragment,
 )
 from penstock.cluster.jobs.clustering import read_centroids
-from penstock.cluster.jobs.part_rows import Block, Part, PartRows
+from penstock.cluster.jobs.part_rows import DIGESTS, Block, Part, PartRows
 from penstock.cluster.jobs.sampling import sample_vectors
-from penstock.cluster.jobs.standing import decisions_on
-from penstock.cluster.layout import EMBEDDINGS, PAIRS, REPLICAS, fragment_path, stage_folder
+from penstock.cluster.jobs.standing import OPEN, decisions_on
+from penstock.cluster.layout import EMBEDDINGS, PAIRS, REPLICAS, STANDING, fragment_path, stage_folder
 from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.cell_sharing import share_cells
 from penstock.operators.duplicate_measures import PairRecall, pair_recall, sample_truth, similarity_histogram
+from penstock.operators.equal_rows import vector_digests
 from penstock.operators.independent_set import random_keys
 from penstock.operators.replication import Copies, copies_of
 from penstock.operators.sharding import hash_range
@@ -64,7 +66,7 @@ class JoinJob:
         floor: the least similarity of the pairs that are stored.
         standing: fingerprint of the decisions that were carried over: rows that are gone by them take no part, and only
             pairs with a row that is open are looked for.
-        gpus: that the join of a part takes, which then multiplies there; the pairs are the same.
+        gpus: that a join of a part can have, which then multiplies there; the pairs are the same.
         memory_bytes: for vectors, in the join of a part; the pairs are the same.
     """
 
@@ -83,6 +85,11 @@ class JoinJob:
     @property
     def parts(self) -> int:
         return max(self.part_of_cell) + 1
+
+    @property
+    def part_gpus(self) -> float:
+        """GPUs that the join of a part takes: the graph is made and searched on the CPU."""
+        return 0.0 if self.join is Join.GRAPH else self.gpus
 
     @property
     def needs_cells(self) -> bool:
@@ -104,9 +111,10 @@ class PartTask:
 
 @dataclass(frozen=True)
 class SampleTask:
-    """A seeded share of the hash space, of the rows of a join."""
+    """A seeded share of the hash space, of the rows of a fragment that a join is about."""
 
     job: JoinJob
+    fragment: str
     share: float
     seed: int
 
@@ -191,19 +199,33 @@ class PartRecord:
         return PartRecord(**{**fields, **{name: tuple(fields[name]) for name in ("files", "equal_files")}})
 
 
-def parts_for(rows: int, dimension: int, memory_bytes: int, factor: float = 1.0) -> int:
-    """Parts of which each can be joined in about `memory_bytes`, if they hold as many rows each and `factor` rows are
-    stored for each row."""
-    needed = rows * factor * dimension * JOIN_BYTES_PER_COMPONENT
-    return max(1, -int(-needed // memory_bytes))
+def parts_for(rows: int, dimension: int, memory_bytes: int, join: Join, most: int) -> int:
+    """Parts of which each can be joined in about `memory_bytes`, if they hold as many rows each, or `most` where these
+    are fewer: larger ones are joined block by block.
+
+    The copies of the exact join do not count: more parts have more copies in turn, while blocks cost little but reading
+    them again. Those of the graph join do, which would make a graph of each two blocks anew.
+    """
+    needed = rows * dimension * JOIN_BYTES_PER_COMPONENT
+    if needed > memory_bytes and join is Join.GRAPH:
+        needed *= 1 + GRAPH_COPIES
+    return max(1, min(most, -(-needed // memory_bytes)))
+
+
+def cut_into_parts(session: Session, job: JoinJob, rows: int, parts: int, seed: int) -> tuple[JoinJob, float]:
+    """The join in so many parts, of `rows` in its fragments, and how many rows it stores for each, by a sample."""
+    if parts == 1:
+        return replace(job, part_of_cell=(0,) * len(job.part_of_cell)), 1.0
+    job = replace(job, part_of_cell=session.run(share_parts, PartsTask(job, rows, parts)))
+    return job, 1.0 if job.join is Join.CLUSTER else session.run(predict_factor, FactorTask(job, rows, seed))
 
 
 def predicted_factor(job: JoinJob, rows: int, seed: int) -> float:
-    """How many rows the exact join would store for each row, from a sample of the `rows` in the fragments."""
+    """How many rows the join stores for each row, from a sample of the `rows` in the fragments."""
     store = connect(job.root)
     paths = [fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment) for fragment in job.fragments]
     sample = unit_rows(sample_vectors(store, paths, rows, PREDICTED_ROWS, seed))
-    return _copies(store, job, sample, Join.EXACT).factor
+    return _copies(store, job, sample).factor
 
 
 def affordable(join: Join, factor: float) -> Join:
@@ -245,7 +267,7 @@ def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], N
     for _ in session.stream(replicate, todo if missing else []):
         pass
     found = list(done)
-    for record in session.stream(join_part, missing, gpus=job.gpus):
+    for record in session.stream(join_part, missing, gpus=job.part_gpus):
         found.append(record)
         if on_part:
             on_part(record)
@@ -253,8 +275,9 @@ def find_pairs(session: Session, job: JoinJob, on_part: Callable[[PartRecord], N
 
 
 def replicate(task: ReplicaTask) -> Receipt:
-    """Write the rows of a fragment and their copies sorted by part and row hash: part, native, standing, cell, row_hash
-    and embedding as it is stored. Memory: the fragment in float32, and its copies.
+    """Write the rows of a fragment and their copies sorted by part and row hash: part, native, standing, cell,
+    row_hash, DIGESTS and embedding as it is stored, in row groups of a part each where it has many. Memory: the
+    fragment in float32, and its copies.
 
     Raises:
         ValueError: a vector that is zero or not finite, naming fragment and row.
@@ -268,7 +291,7 @@ def replicate(task: ReplicaTask) -> Receipt:
         vectors = unit_rows(stored)
     except ValueError as error:
         raise ValueError(f"fragment {path}: {error}") from error
-    copies = _copies(store, job, vectors, job.join)
+    copies = _copies(store, job, vectors)
     hashes = table.column("row_hash").to_numpy()
     row = np.concatenate([np.arange(len(stored)), copies.row])
     part = np.concatenate([copies.home, copies.part])
@@ -280,12 +303,13 @@ def replicate(task: ReplicaTask) -> Receipt:
             "standing": pa.array(standing[row[order]]),
             "cell": pa.array(copies.cell[row[order]], pa.int32()),
             "row_hash": pa.array(hashes[row[order]], pa.uint64()),
+            **dict(zip(DIGESTS, vector_digests(vectors)[row[order]].T, strict=True)),
             "embedding": vector_column(stored[row[order]]),
         }
     )
     dropped = {"duplicate": fragment.num_rows - len(stored)} if job.standing else {}
     receipt = Receipt(task.fragment, fragment.num_rows, len(stored), dropped)
-    write_fragment(store, fragment_path(REPLICAS, job.fingerprint, task.fragment), replicas, receipt)
+    write_fragment(store, fragment_path(REPLICAS, job.fingerprint, task.fragment), replicas, receipt, group_by="part")
     return receipt
 
 
@@ -293,7 +317,7 @@ def join_part(task: PartTask) -> PartRecord:
     """Find and store the pairs of a part: files of pairs sorted by row hashes, then the record that says it is done.
 
     Memory: that of the job, or JOIN_BYTES_PER_COMPONENT for each component of its rows and copies where this is less;
-    50 bytes for each of them, and PAIRS_PER_FILE pairs. Beyond it rows are joined block by block, and read again.
+    70 bytes for each of them, and PAIRS_PER_FILE pairs. Beyond it rows are joined block by block, and read again.
     """
     job, store = task.job, connect(task.job.root)
     part = Part(store, [fragment_path(REPLICAS, job.fingerprint, fragment) for fragment in job.fragments], task.part)
@@ -344,9 +368,10 @@ def measured_recall(
 
     Of a row with more than TRUTH_PAIRS pairs a seeded choice of as many counts: memory is bounded by the sample.
     """
-    sample = session.run(sampled_rows, SampleTask(job, share, seed))
     wanted = np.empty((0, 2), np.uint64)
-    for part in session.stream(true_pairs, [RecallTask(job, fragment, *sample, seed) for fragment in job.fragments]):
+    sample = _sample(session, job, share, seed)
+    tasks = [] if sample is None else [RecallTask(job, fragment, *sample, seed) for fragment in job.fragments]
+    for part in session.stream(true_pairs, tasks):
         wanted = _capped(np.concatenate([wanted, part]), seed)
     if len(wanted) == 0:
         return pair_recall(np.empty(0, np.int64), np.empty(0, bool))
@@ -355,8 +380,8 @@ def measured_recall(
     equal_files = tuple(path for record in records for path in record.equal_files)
     wanted = session.run(as_firsts, FoundTask(job, equal_files, wanted)) if equal_files else wanted
     found = wanted[:, 0] == wanted[:, 1]
-    tasks = [FoundTask(job, (path,), wanted) for record in records for path in record.files]
-    for part in session.stream(found_pairs, tasks):
+    files = [FoundTask(job, (path,), wanted) for record in records for path in record.files]
+    for part in session.stream(found_pairs, files):
         found |= part
     return pair_recall(sampled, found)
 
@@ -369,7 +394,7 @@ def true_pairs(task: RecallTask) -> np.ndarray:
     found = np.empty((0, 2), np.uint64)
     path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
     table, _ = _taking_part(store, job, task.fragment, read_fragment(store, path, ["row_hash", "embedding"]))
-    if len(sample) == 0 or table.num_rows == 0:
+    if table.num_rows == 0:
         return found
     vectors, hashes = vectors_of(table.column("embedding")), table.column("row_hash").to_numpy()
     for first in range(0, len(vectors), TRUTH_ROWS):
@@ -412,12 +437,12 @@ def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return np.take_along_axis(near, order, axis=1)
 
 
-def _copies(store: Store, job: JoinJob, vectors: np.ndarray, join: Join) -> Copies:
+def _copies(store: Store, job: JoinJob, vectors: np.ndarray) -> Copies:
     if not job.needs_cells:
         nothing = np.empty(0, np.int64)
         return Copies(np.zeros(len(vectors), np.int64), np.zeros(len(vectors), np.int64), nothing, nothing)
     centroids, parts = read_centroids(store, job.centroids_fingerprint), np.array(job.part_of_cell)
-    match join:
+    match job.join:
         case Join.EXACT:
             return copies_of(vectors, centroids, parts, job.floor)
         case Join.GRAPH:
@@ -538,7 +563,7 @@ def _against(
 
 def _similar(job: JoinJob, vectors: np.ndarray, cells: np.ndarray, first: int, within: bool) -> Iterator[Pairs]:
     """The pairs of rows, but of those below `first` with one another."""
-    device = "cuda" if job.gpus else "cpu"
+    device = "cuda" if job.part_gpus else "cpu"
     match job.join:
         case Join.EXACT:
             return similar_pairs(vectors, job.floor, first, device)
@@ -571,19 +596,40 @@ def _record_path(job: JoinJob, part: int) -> str:
     return f"{stage_folder(PAIRS, job.fingerprint)}/part-{part:05d}.json"
 
 
+def _sample(session: Session, job: JoinJob, share: float, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What sampled_rows gives, of all fragments; None without a row."""
+    tasks = [SampleTask(job, fragment, share, seed) for fragment in job.fragments]
+    found = [part for part in session.stream(sampled_rows, tasks) if len(part[0])]
+    return (np.concatenate([one for one, _ in found]), np.concatenate([rows for _, rows in found])) if found else None
+
+
 def sampled_rows(task: SampleTask) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes uint64 (s,) and unit vectors float32 (s, d) of the sampled rows of all fragments that are open."""
+    """Hashes uint64 (s,) and unit vectors float32 (s, d) of the sampled rows of a fragment that are open. Vectors are
+    read from the first of them to the last alone."""
     job, store = task.job, connect(task.job.root)
-    hashes, vectors = [np.empty(0, np.uint64)], []
-    for fragment in job.fragments:
-        path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment)
-        for first, last in hash_range(task.share, task.seed):
-            table = read_hash_range(store, path, first, last, ["embedding"])
-            table, standing = _taking_part(store, job, fragment, table)
-            table = table.filter(pa.array(~standing))
-            hashes.append(table.column("row_hash").to_numpy())
-            vectors.append(vectors_of(table.column("embedding")))
-    return np.concatenate(hashes), unit_rows(np.concatenate(vectors))
+    path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, task.fragment)
+    hashes, vectors = [np.empty(0, np.uint64)], [np.empty((0, 0), np.float32)]
+    for first, last in hash_range(task.share, task.seed):
+        own = _open_hashes(store, job, task.fragment, first, last)
+        if len(own):
+            table = read_hash_range(store, path, int(own[0]), int(own[-1]), ["embedding"])
+            table = table.filter(pa.array(np.isin(table.column("row_hash").to_numpy(), own)))
+            hashes.append(own)
+            vectors.append(unit_rows(vectors_of(table.column("embedding"))))
+    return np.concatenate(hashes), np.concatenate(vectors[1:] or vectors)
+
+
+def _open_hashes(store: Store, job: JoinJob, fragment: str, first: int, last: int) -> np.ndarray:
+    """Hashes uint64 (n,) from first to last of the rows of a fragment that are open, ascending; none are looked for
+    where its receipt counts none."""
+    if job.standing is not None:
+        receipt = read_receipt(store, fragment_path(STANDING, job.standing, fragment))
+        if not receipt.dropped.get(OPEN, 0):
+            return np.empty(0, np.uint64)
+    path = fragment_path(EMBEDDINGS, job.embeddings_fingerprint, fragment)
+    table, standing = _taking_part(store, job, fragment, read_hash_range(store, path, first, last, []))
+    hashes: np.ndarray = table.column("row_hash").to_numpy()[~standing]
+    return hashes
 
 
 def _capped(pairs: np.ndarray, seed: int) -> np.ndarray:

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from penstock.cluster import fragments
 from penstock.cluster.fragments import (
     ROW_GROUP_ROWS,
     Receipt,
+    group_ends,
     open_fragment,
     read_fragment,
     read_hash_range,
@@ -152,6 +154,27 @@ def test_a_cut_fragment_is_refused(local: Store, large: pa.Table, share: float) 
 def test_a_range_equals_a_filter(local: Store, large: pa.Table, one: int, other: int) -> None:
     first, last = min(one, other), max(one, other)
     assert _in_range(local, "large", first, last) == _filtered(large, first, last)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 400), max_size=12), st.integers(1, 300))
+def test_rows_are_grouped_by_value(local: Store, counts: list[int], least: int) -> None:
+    values = np.repeat(np.arange(len(counts)), counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fragments, "LEAST_GROUP_ROWS", least)
+        ends = group_ends(values)
+        write_fragment(local, "grouped", pa.table({"part": values, "row": np.arange(len(values))}), None, "part")
+    assert ends[-1] == len(values) and ends == sorted(ends)
+    sizes = np.diff(ends, prepend=0)
+    assert all(size >= least for size in sizes[:-1]) and all(values[end - 1] != values[end] for end in ends[:-1])
+    for number, count in enumerate(counts):  # a value that has enough rows begins with a row group or follows few
+        assert (
+            count == 0
+            or int(np.searchsorted(values, number))
+            - max([0, *(end for end in ends if end <= np.searchsorted(values, number))])
+            < least
+        )
+    assert read_fragment(local, "grouped").column("row").to_pylist() == list(range(len(values)))
 
 
 def test_a_range_that_ends_at_a_row_group_equals_a_filter(local: Store, large: pa.Table) -> None:

@@ -11,12 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
-from penstock.cluster.fragments import Receipt, read_fragment, read_receipt, vector_column, write_fragment
+from penstock.cluster import fragments
+from penstock.cluster.fragments import (
+    Receipt,
+    open_fragment,
+    read_fragment,
+    read_receipt,
+    vector_column,
+    vectors_of,
+    write_fragment,
+)
 from penstock.cluster.jobs import similarity
 from penstock.cluster.jobs.clustering import ClusteringJob, start_centroids
 from penstock.cluster.jobs.groups import group_rows, read_groups
 from penstock.cluster.jobs.pair_ends import EndsTask, write_ends
-from penstock.cluster.jobs.part_rows import Part, row_blocks
+from penstock.cluster.jobs.part_rows import DIGESTS, Part, row_blocks
 from penstock.cluster.jobs.removal import (
     BucketTask,
     RemovalJob,
@@ -33,14 +42,16 @@ from penstock.cluster.jobs.similarity import (
     JoinJob,
     PartTask,
     ReplicaTask,
+    SampleTask,
     affordable,
+    cut_into_parts,
     find_pairs,
     join_part,
     measured_recall,
     parts_for,
-    predicted_factor,
     read_records,
     replicate,
+    sampled_rows,
     stored_pairs,
 )
 from penstock.cluster.jobs.standing import STANDING_SCHEMA, write_decisions
@@ -49,6 +60,7 @@ from penstock.cluster.local_store import LocalStore
 from penstock.cluster.session import Session
 from penstock.operators.clustering import ClusteringSpec
 from penstock.operators.duplicate_measures import PairRecall
+from penstock.operators.equal_rows import vector_digests
 from penstock.operators.independent_set import Keep, random_keys, ranks
 from penstock.operators.similar_pairs import Join, Pairs, similar_pairs, unit_rows
 
@@ -176,6 +188,8 @@ def test_joins_take_the_gpus_of_their_job(root: Path) -> None:
     session = _Asked()
     find_pairs(session, replace(_job(root, "gpu"), gpus=0.5))
     assert session.gpus == {"replicate": 0, "join_part": 0.5}
+    find_pairs(session, replace(_job(root, "gpu", join=Join.GRAPH), gpus=0.5))
+    assert session.gpus == {"replicate": 0, "join_part": 0}
 
 
 def test_cluster_and_graph_find_true_pairs_and_their_recall_is_measured(root: Path) -> None:
@@ -303,14 +317,28 @@ def test_a_fragment_named_twice_is_refused(root: Path) -> None:
         join_part(PartTask(job, 0))
 
 
-def test_the_factor_is_predicted_from_a_sample(root: Path) -> None:
-    job = _job(root, "x9", 9)
+@pytest.mark.parametrize(("join", "parts"), [(Join.EXACT, 9), (Join.EXACT, 4), (Join.GRAPH, 9), (Join.CLUSTER, 4)])
+def test_the_factor_is_that_of_the_join_that_is_done(root: Path, join: Join, parts: int) -> None:
+    job, factor = cut_into_parts(InProcess(), _job(root, f"cut-{join}-{parts}", 1, join), ROWS, parts, 1)
+    assert job.parts == parts
     records = find_pairs(InProcess(), job)
     stored = sum(record.rows + record.copies for record in records) / ROWS
-    assert predicted_factor(job, ROWS, 1) == pytest.approx(stored, rel=0.01)
+    assert factor == pytest.approx(stored, rel=0.01) and (factor > 1) == (join is not Join.CLUSTER)
+
+
+def test_a_join_of_one_part_stores_each_row_once(root: Path) -> None:
+    assert cut_into_parts(InProcess(), _job(root, "one", 3), ROWS, 1, 1) == (_job(root, "one", 1), 1.0)
     assert affordable(Join.EXACT, 4.1) is Join.GRAPH and affordable(Join.EXACT, 4.0) is Join.EXACT
     assert affordable(Join.CLUSTER, 9.0) is Join.CLUSTER
-    assert parts_for(1_000_000, 384, 2 << 30, 1.5) == 5 and parts_for(10, 384, 1 << 30) == 1
+
+
+def test_parts_fit_into_memory_as_far_as_there_are_cells() -> None:
+    assert (
+        parts_for(1_000_000, 384, 2 << 30, Join.EXACT, 512) == parts_for(1_000_000, 384, 2 << 30, Join.CLUSTER, 9) == 3
+    )
+    assert parts_for(1_000_000, 384, 2 << 30, Join.GRAPH, 512) == 9  # two copies of each row
+    assert parts_for(100_000, 384, 1 << 30, Join.GRAPH, 512) == parts_for(0, 384, 1 << 30, Join.EXACT, 1) == 1
+    assert parts_for(100_000_000, 1_024, 1 << 30, Join.EXACT, 512) == 512
 
 
 def test_a_vector_without_direction_names_its_fragment(tmp_path: Path) -> None:
@@ -401,7 +429,24 @@ def test_where_nothing_is_open_there_is_no_recall_to_lose(root: Path) -> None:
     _decided(root, "all", set(hashes.tolist()), set())
     job = _job(root, "all-stand", standing="all")
     assert measured_recall(InProcess(), job, [], 1.0, 1) == PairRecall(1.0, 0.0, 0, 0, 0)
+    unread = replace(job, embeddings_fingerprint="none")  # of which no vector is there
+    assert measured_recall(InProcess(), unread, [], 1.0, 1) == PairRecall(1.0, 0.0, 0, 0, 0)
     assert sum(record.comparisons + record.pairs for record in find_pairs(InProcess(), job)) == 0
+
+
+def test_only_fragments_with_open_rows_are_sampled(root: Path) -> None:
+    vectors, hashes, _ = _corpus()
+    open_ = set(hashes[520:540].tolist())
+    _decided(root, "few", set(hashes.tolist()) - open_, set())
+    job = _job(root, "few-open", standing="few")
+    parts = [sampled_rows(SampleTask(job, fragment, 1.0, 3)) for fragment in FRAGMENTS]
+    assert [len(found) for found, _ in parts] == [0, 0, 20, 0] and set(parts[2][0].tolist()) == open_
+    place = {int(row): number for number, row in enumerate(hashes)}
+    assert np.array_equal(parts[2][1], unit_rows(vectors[[place[int(row)] for row in parts[2][0]]]))
+    some = [sampled_rows(SampleTask(job, FRAGMENTS[2], share, 3))[0] for share in (0.1, 0.5)]
+    assert len(some[0]) <= len(some[1]) < 20 and set(some[1].tolist()) < open_
+    other = replace(job, embeddings_fingerprint="none")  # of which no fragment is there
+    assert [len(sampled_rows(SampleTask(other, FRAGMENTS[place], 1.0, 3))[0]) for place in (0, 1, 3)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("keep", [Keep.LONGEST, Keep.DENSEST])
@@ -452,6 +497,30 @@ def test_replicas_are_sorted_by_part_and_keep_what_is_stored(root: Path) -> None
     assert receipt.rows_out == FRAGMENT_ROWS[0] == table.column("native").to_numpy().sum() < table.num_rows
     assert (np.diff(table.column("part").to_numpy()) >= 0).all()
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), DIMENSION)
+    digests = vector_digests(unit_rows(vectors_of(table.column("embedding"))))
+    assert np.array_equal(np.stack([table.column(name).to_numpy() for name in DIGESTS], axis=1), digests)
+
+
+def test_a_part_reads_no_rows_of_others_and_facts_without_vectors(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fragments, "LEAST_GROUP_ROWS", 1)
+    job, store = _job(root, "grouped"), LocalStore(root)
+    path = fragment_path("replicas", "grouped", FRAGMENTS[0])
+    replicate(ReplicaTask(job, FRAGMENTS[0]))
+    with open_fragment(store, path) as file:
+        groups = [file.read_row_group(group).column("part").unique().to_pylist() for group in range(3)]
+        chunk = file.metadata.row_group(1).column(len(file.schema.names) - 1)
+        place = chunk.data_page_offset
+    assert groups == [[0], [1], [2]]
+    whole = {number: Part(store, [path], number) for number in (0, 1, 2)}
+    data = bytearray(store.read(path))
+    data[place + 40 : place + 60] = bytes(20)
+    store.write(path, bytes(data))
+    for number, part in whole.items():
+        again = Part(store, [path], number)  # which reads no vector, so that the damage is not noticed
+        assert np.array_equal(again.rows.hashes, part.rows.hashes) and again.dimension == DIMENSION
+    assert len(Part(store, [path], 2).block(np.arange(5)).vectors) == 5
+    with pytest.raises(OSError, match=r"CRC|checksum"):
+        Part(store, [path], 1).block(np.arange(5))
 
 
 def test_groups_are_the_components_of_pairs_and_of_links_before(root: Path) -> None:
@@ -464,7 +533,7 @@ def test_groups_are_the_components_of_pairs_and_of_links_before(root: Path) -> N
     columns = [sorted(old), [old[row] for row in sorted(old)], [0.9] * len(old)]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, STANDING_SCHEMA, strict=True)]
     table = pa.table(arrays, schema=STANDING_SCHEMA)
-    write_decisions(LocalStore(root), fragment_path("standing", "links", FRAGMENTS[0]), FRAGMENTS[0], table, 3)
+    write_decisions(LocalStore(root), fragment_path("standing", "links", FRAGMENTS[0]), FRAGMENTS[0], table, 500)
     similar[3, 700] = similar[4, 700] = similar[700, 3] = similar[700, 4] = True
     count, labels = connected_components(similar, directed=False)
     lowest = [int(hashes[labels == label].min()) for label in range(count)]

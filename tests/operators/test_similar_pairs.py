@@ -153,6 +153,22 @@ def test_short_rows_are_never_less_similar() -> None:
     assert (short @ short.T - vectors @ vectors.T).min() > -1e-5
 
 
+def test_products_of_near_copies_are_named_a_bounded_number_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit_rows(1 + 1e-3 * np.random.default_rng(2).standard_normal((150, DIMENSION)))
+    vectors[::7] = clustered(22, 5)
+    expected = truth(vectors, 0.9)
+    monkeypatch.setattr(module, "MOST_REACHING", 400)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(module, "_filter_type", lambda device: "float32")
+    products = torch.from_numpy(vectors @ vectors.T)
+    parts = list(module._reaching(products, 0.9))
+    assert len(parts) > 20 and max(len(row) for row, _ in parts) <= 400 + len(vectors)
+    row, column = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    assert np.array_equal(np.stack([row, column]), np.stack(np.nonzero(products.numpy() >= np.float32(0.9))))
+    assert not list(module._reaching(products, 1.1))
+    assert as_set(Pairs.joined(list(similar_pairs(vectors, 0.9)))) == expected
+
+
 def test_rows_below_first_are_not_compared_with_one_another() -> None:
     vectors = clustered(700, 4)
     assert as_set(Pairs.joined(list(similar_pairs(vectors, 0.85, first=400)))) == truth(vectors, 0.85, first=400)

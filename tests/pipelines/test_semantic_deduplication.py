@@ -24,12 +24,16 @@ from penstock.cluster.storage import open_store
 from penstock.operators.identity import row_hashes
 from penstock.operators.models import resolve_model
 from penstock.operators.routing import index_centroids
+from penstock.operators.similar_pairs import Join
 from penstock.pipelines import Pipeline, open_index
 from penstock.pipelines.cleanup import collect_garbage
 from penstock.pipelines.cli import app
+from penstock.pipelines.deduplicating import Deduplicating
 from penstock.pipelines.loading import PipelineFileInvalid
+from penstock.pipelines.planning import Deduplicated, Embedded
 from penstock.pipelines.progress import SilentReporter
 from penstock.pipelines.running import Report
+from penstock.pipelines.shared_centroids import Clustering
 
 from .conftest import MODEL, Workspace, read_ledger
 
@@ -381,8 +385,44 @@ def test_every_run_says_that_another_join_took_the_place_of_the_one_asked_for(
         pipeline.run(reporter)
         (told,) = [text for text in reporter.warnings if "the graph join takes its place" in text]
         assert "an exact join would store" in told
+    records = [json.loads(path.read_text()) for path in workspace.root.glob("stages/kept/*/kept.json")]
+    done = [record for record in records if record["exact_factor"] is not None]
+    assert len(done) == 2 and all(record["parts"] > 1 for record in done)
+    for record in done:
+        assert record["predicted_factor"] == pytest.approx(1 + record["copies"] / record["rows"], abs=1e-3)
+        assert 1 < record["predicted_factor"] <= 3 and record["exact_factor"] > 1 and record["index_cells"] is None
     reporter = Warned()
     assert pipeline.dedup_curve(reporter)["join"] == "graph" and len(reporter.warnings) == 1
+
+
+EMBEDDED = Embedded((), "e", {"passages": "embeddings"}, 100)
+
+
+@pytest.mark.parametrize("join", list(Join))
+def test_pairs_are_named_by_the_cells_that_decide_which_are_found(
+    made: Workspace, monkeypatch: pytest.MonkeyPatch, join: Join
+) -> None:
+    monkeypatch.setattr("penstock.pipelines.shared_centroids.FEWEST_ROWS_PER_SHARED_CELL", 5)
+    rule, asked = {**RULE, "join": join.value}, {"family": "ivf", "nlist": 6, "codec": "sq8", "recall": 0.5}
+
+    def planned(**index: Any) -> Deduplicated:  # noqa: ANN401
+        pipeline = made.pipeline(deduplicate=rule, index={**asked, **index}, gate={"recall": 0.5})
+        return Deduplicated.of(pipeline.plan().resolved, EMBEDDED)
+
+    first = planned()
+    others = [planned(nlist=5), planned(training_rows=50), planned(nlist=30)]  # the last is too many to share
+    assert {first.index_cells, *(other.index_cells for other in others)} == (
+        {None} if join is Join.EXACT else {Clustering(6, 100), Clustering(5, 100), Clustering(6, 50), None}
+    )
+    names = {first.pairs, *(other.pairs for other in others)}
+    assert len(names) == (1 if join is Join.EXACT else 4) and planned(codec="none").pairs == first.pairs
+
+
+def test_where_nothing_is_open_nothing_is_clustered(made: Workspace, ray_session: Session) -> None:
+    resolved, store = made.pipeline(deduplicate={**RULE, "join": "cluster"}).plan().resolved, open_store(str(made.root))
+    doing = Deduplicating(ray_session, store, SilentReporter(), resolved, EMBEDDED)
+    planned = doing._decided_join(Deduplicated.of(resolved, EMBEDDED), 100, 0)
+    assert (planned.job.parts, planned.factor, planned.clustering) == (1, 1.0, None)
 
 
 def test_the_index_has_the_centroids_that_deduplication_found(
