@@ -194,6 +194,8 @@ def test_the_curve_of_documents_is_what_runs_remove(
     workspace = Workspace(tmp_path / "copy", made.settings)
     if not judged:  # in several buckets, of which lower thresholds would need more
         monkeypatch.setattr(removal, "BUCKET_PAIRS", record_of(workspace.root)["pairs"])
+        for stage in ("removal", "document-pairs"):  # in one bucket
+            shutil.rmtree(workspace.root / "stages" / stage)
     stays, goes = decisions(workspace.root)
     texts = {
         row["id"]: row["text"]
