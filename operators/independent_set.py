@@ -139,7 +139,7 @@ def _one_by_one(row: np.ndarray, earlier: np.ndarray, rank: np.ndarray, states: 
     order = np.argsort(rank[row], kind="stable")
     row, earlier = row[order], earlier[order]
     starts = np.flatnonzero(np.diff(row, prepend=-1))
-    for start, end in zip(starts, np.append(starts[1:], len(row)), strict=True):
+    for start, end in zip(starts, np.append(starts, len(row))[1:], strict=True):  # none where no pair is open
         before = states[earlier[start:end]]
         if (before == STAYS).any():
             states[row[start]] = GOES

@@ -8,6 +8,7 @@ import numpy as np
 from penstock.cluster.jobs.document_pairs import DocumentJob
 from penstock.cluster.jobs.stay_search import CountTask, count_gone
 from penstock.cluster.session import Session
+from penstock.pipelines.evaluating import EXACT_FRAGMENTS
 from penstock.pipelines.planning import Embedded
 from penstock.pipelines.progress import Reporter
 
@@ -32,9 +33,10 @@ def count_documents(
 ) -> np.ndarray:
     """Documents int64 (t + 1, 2) and their passages: all, and those that each choice removed."""
     fragments = sorted(embedded.embeddings.values())
-    tasks = [CountTask(root, embedded.embeddings_fingerprint, fragment, tuple(choices)) for fragment in fragments]
+    groups = [tuple(fragments[i : i + EXACT_FRAGMENTS]) for i in range(0, len(fragments), EXACT_FRAGMENTS)]
+    tasks = [CountTask(root, embedded.embeddings_fingerprint, group, tuple(choices)) for group in groups]
     counts = np.zeros((len(choices) + 1, 2), np.int64)
-    with reporter.stage("documents", len(tasks), "fragments") as advance:
+    with reporter.stage("documents", len(tasks), "tasks") as advance:
         for found in session.stream(count_gone, tasks):
             counts += found
             advance(1, f"{counts[0, 0]:,} documents")

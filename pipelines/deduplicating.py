@@ -154,10 +154,10 @@ class Deduplicating:
         singles: list[RemovalJob] = []
         whole: list[DocumentJob] = []
         removed: list[int] = []
+        base = self._in_buckets(plan, self._removal(plan, records), 0)
         with self.reporter.stage("thresholds", len(thresholds), "thresholds") as advance:
             for threshold in thresholds:
-                removal = replace(self._removal(plan, records), similarity=threshold)
-                removal = self._in_buckets(replace(removal, fingerprint=plan.removal_at(threshold)), 0)
+                removal = replace(base, similarity=threshold, fingerprint=plan.removal_at(threshold))
                 documents = self._documents(plan, removal)
                 if documents is None:
                     singles.append(removal)
@@ -210,7 +210,7 @@ class Deduplicating:
         planned = self._planned_join(plan, carried.standing + carried.open, carried.open)
         records = self._pairs(planned.job) if carried.open else []
         recall = self._pair_recall(plan, planned.job, records, carried.open)
-        removal = self._in_buckets(self._removal(plan, records), carried.gone)
+        removal = self._in_buckets(plan, self._removal(plan, records), carried.gone)
         documents = self._documents(plan, removal)
         removed = self._decide(removal, documents)
         kept = self._keep(plan, removal, documents)
@@ -412,13 +412,14 @@ class Deduplicating:
             equal_files=tuple(path for record in records for path in record.equal_files),
         )
 
-    def _in_buckets(self, removal: RemovalJob, gone: int) -> RemovalJob:
+    def _in_buckets(self, plan: Deduplicated, removal: RemovalJob, gone: int) -> RemovalJob:
         """The choice in as many buckets as its pairs need, or the links of rows that are gone since earlier, or the
-        incidences of documents, which can be far more."""
+        incidences of documents, which can be far more. All are counted from the floor on: so every threshold has the
+        same buckets, and ends of pairs that are written serve them all."""
         removal = replace(removal, buckets=max(removal.buckets, buckets_for(gone)))
         if self.resolved.pipeline.deduplicate.level is Level.PASSAGE:
             return removal
-        task = IncidencesTask(removal.root, removal.files, removal.equal_files, removal.similarity)
+        task = IncidencesTask(removal.root, removal.files, removal.equal_files, plan.floor)
         return replace(
             removal, buckets=max(removal.buckets, buckets_for(self.session.run(count_incidences, task) // 2))
         )

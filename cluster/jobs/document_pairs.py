@@ -9,12 +9,12 @@ decided as for rows. The result is that of deciding document by document in the 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import assert_never
 
 import numpy as np
 import pyarrow as pa
 
 from penstock.cluster.fragments import read_fragment, read_hash_range, read_rows_with, write_fragment
+from penstock.cluster.jobs.document_facts import deal_facts, read_facts
 from penstock.cluster.jobs.pair_ends import bucket_of, bucket_range
 from penstock.cluster.jobs.removal import (
     REMOVED_SCHEMA,
@@ -26,9 +26,7 @@ from penstock.cluster.jobs.removal import (
     member_facts,
     remove_duplicates,
     removed_of,
-    sortable,
     stands_of,
-    staying_passages,
 )
 from penstock.cluster.jobs.similarity import LEFT, PAIR_SCHEMA, RIGHT, SIMILARITY, stored_pairs
 from penstock.cluster.layout import DOCUMENT_PAIRS, fragment_path, stage_folder
@@ -36,7 +34,7 @@ from penstock.cluster.node import connect
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.document_cover import document_shares
-from penstock.operators.independent_set import Keep, random_keys, ranks
+from penstock.operators.independent_set import Keep, ranks
 
 # Of one file: about 150 bytes each while they are put in order.
 INCIDENCES_PER_FILE = 2_000_000
@@ -136,6 +134,7 @@ def remove_documents(session: Session, job: DocumentJob) -> int:
     """Decides all documents, stores what goes, and links their passages to similar ones of the document that each goes
     for; returns the number of documents that go. What is done is not done again."""
     deal_pairs(session, job.rows, DOCUMENT_FACT)
+    deal_facts(session, job.rows, job.fingerprint)
     tasks = [DocumentTask(job, bucket) for bucket in range(job.buckets)]
     for step in (send_documents, send_incidences, send_shares, pair_documents):
         for _ in session.stream(step, tasks):
@@ -215,7 +214,7 @@ def send_shares(task: DocumentTask) -> int:
         return 0
     found = _told_to(store, job, "incidences", task.bucket)
     own, document = np.unique(found.column("document").to_numpy(), return_inverse=True)
-    facts = _Facts(store, job.rows, own)
+    facts = read_facts(store, job.rows, job.fingerprint, task.bucket, own)
     row, other = (found.column(name).to_numpy() for name in ("row", "other"))
     document, other, share = document_shares(document, other, row, facts.passages)
     keys = facts.keys(job.rows, np.bincount(document, minlength=len(own)))
@@ -289,46 +288,6 @@ def passages_gone(store: Store, job: DocumentJob, bucket: int) -> pa.Table:
     names, hashes = [f"links-{documents:05d}" for documents in range(job.buckets)], bucket_range(bucket, job.buckets)
     tables = [read_hash_range(store, _path(job, name), *hashes, WENT_SCHEMA.names, "removed") for name in names]
     return pa.concat_tables(tables).replace_schema_metadata().sort_by("removed")
-
-
-class _Facts:
-    """What passages tell of some documents, ascending uint64 (n,).
-
-    Attributes:
-        passages: int64 (n,), their number.
-    """
-
-    def __init__(self, store: Store, job: RemovalJob, own: np.ndarray) -> None:
-        columns = {Keep.LONGEST: ["tokens"], Keep.FIRST: ["source", "position"], Keep.COLUMN: [job.column]}
-        self._names, self._own = columns.get(job.keep, []), own
-        tables = []
-        for fragment in job.passages:
-            table = staying_passages(store, job, fragment, ["document_hash", *self._names])
-            tables.append(table.filter(pa.array(np.isin(table.column("document_hash").to_numpy(), own))))
-        self._found = pa.concat_tables(tables)
-        self._place = np.searchsorted(own, self._found.column("document_hash").to_numpy())
-        self.passages = np.bincount(self._place, minlength=len(own))
-
-    def keys(self, job: RemovalJob, near: np.ndarray) -> pa.Array:
-        """What each document is preferred by: tokens of its passages together, its place, how many documents are `near`
-        it, int64 (n,), a seeded hash, or a column, which all its passages have from it."""
-        match job.keep:
-            case Keep.LONGEST:
-                tokens = self._found.column("tokens").to_numpy()
-                return pa.array(np.bincount(self._place, tokens, len(self._own)).astype(np.int64))
-            case Keep.FIRST | Keep.COLUMN:
-                columns = [self._of_first_passage(name) for name in self._names]
-                return columns[0] if len(columns) == 1 else sortable(columns)
-            case Keep.DENSEST:
-                return pa.array(near)
-            case Keep.RANDOM:
-                return pa.array(random_keys(self._own, job.seed))
-            case _:
-                assert_never(job.keep)
-
-    def _of_first_passage(self, name: str) -> pa.Array:
-        first = np.unique(self._place, return_index=True)[1]
-        return self._found.column(name).take(pa.array(first)).combine_chunks()
 
 
 def _matches(ascending: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

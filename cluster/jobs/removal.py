@@ -8,6 +8,9 @@ preference.
 Rows with equal vectors are decided as one, which is preferred as the best of them: they have the same neighbours and
 are neighbours themselves, so all but the best go in any case, and the best stays unless something preferred to it is
 similar to all of them.
+
+A chain of rows across buckets would need a round for each link. So when rounds have left few pairs open, one task
+decides what is left.
 """
 
 from collections.abc import Iterator
@@ -50,6 +53,9 @@ from penstock.operators.sharding import HASH_SPACE
 
 # Pairs of one bucket: about 150 bytes each while they are put in order.
 BUCKET_PAIRS = 4_000_000
+# So many open pairs, those of a bucket, one task can decide: most rows are decided in the first round, and the open
+# ends of chains would keep all buckets busy for many more.
+FINISH_PAIRS = BUCKET_PAIRS
 POSITION_DIGITS = 20
 PLACE_COLUMNS = ("passage_id", "source", "position")  # by which a selection names passages
 ORDER = ["row", "key", "best", "stands"]  # what rows are put in order by
@@ -117,11 +123,15 @@ def remove_duplicates(session: Session, job: RemovalJob) -> int:
     for step in (send_sizes, send_keys, order_neighbours) if _weighted(job) else (send_keys, order_neighbours):
         for _ in session.stream(step, [BucketTask(job, bucket) for bucket in buckets]):
             pass
-    undecided, number = 1, 0
-    while undecided:
+    undecided, number = FINISH_PAIRS + 1, 0
+    while undecided > FINISH_PAIRS:
         tasks = [BucketTask(job, bucket, number) for bucket in buckets]
         undecided = sum(session.stream(decide, tasks))
         number += 1
+    if undecided:
+        for _ in session.stream(collect_open, [BucketTask(job, bucket, number) for bucket in buckets]):
+            pass
+        session.run(finish, BucketTask(job, 0, number))
     for _ in session.stream(represent, [BucketTask(job, bucket, number) for bucket in buckets]):
         pass
     return sum(session.stream(gather_removed, [BucketTask(job, bucket) for bucket in buckets]))
@@ -217,9 +227,8 @@ def order_neighbours(task: BucketTask) -> int:
     told = messages.select(["neighbour", *ORDER[1:]]).rename_columns(ORDER)
     known = pa.concat_tables([own.select(ORDER), told])
     hashes, first = np.unique(known.column("row").to_numpy(), return_index=True)
-    best = known.column("best").to_numpy()[first]
-    rank = ranks(known.column("key").take(pa.array(first)), best, descends(job))
-    rank = np.where(known.column("stands").to_numpy()[first], rank, rank + len(rank))
+    known = known.take(pa.array(first))
+    best, rank = known.column("best").to_numpy(), _preference(job, known)
     row, neighbour = (np.searchsorted(hashes, messages.column(column).to_numpy()) for column in ("row", "neighbour"))
     table = pa.table(
         {
@@ -237,20 +246,59 @@ def order_neighbours(task: BucketTask) -> int:
 
 def decide(task: BucketTask) -> int:
     """One round: decide all rows of the bucket that can be from what is known, and tell the buckets of their later
-    neighbours; returns the rows that stay undecided."""
+    neighbours; returns the pairs of rows that stay undecided with what they wait for."""
     job, store = task.job, connect(task.job.root)
-    name = f"decided-{task.round:05d}-{task.bucket:05d}"
+    name = _of_round("decided", task.round, task.bucket)
     if _is_done(store, job, name):
         return read_receipt(store, _path(job, name)).dropped["undecided"]
     bucket = _Bucket(store, task)
     before = bucket.states.copy()
     settle(bucket.neighbours, bucket.rank, bucket.states, bucket.own)
     decided = bucket.own & (before == UNDECIDED) & (bucket.states != UNDECIDED)
-    undecided = int(np.count_nonzero(bucket.own & (bucket.states == UNDECIDED)))
-    rows = int(np.count_nonzero(bucket.own))
-    receipt = Receipt(name, rows, rows - undecided, {"undecided": undecided})
+    pairs, undecided = len(bucket.neighbours.row), int(np.count_nonzero(bucket.waiting()))
+    receipt = Receipt(name, pairs, pairs - undecided, {"undecided": undecided})
+    _write(store, job, _of_round("states", task.round, task.bucket), pa.table({"state": bucket.states}))
     _write(store, job, name, bucket.messages(decided, job.buckets, task.bucket), receipt)
     return undecided
+
+
+def collect_open(task: BucketTask) -> int:
+    """Store the bucket's rows that the rounds before left undecided, with how they are preferred and whether one that
+    stays is similar, and their pairs with earlier undecided rows; returns the number of these rows."""
+    job, store = task.job, connect(task.job.root)
+    if _is_done(store, job, f"open-{task.bucket:05d}"):
+        return 0
+    bucket = _Bucket(store, task)
+    open_ = bucket.own & (bucket.states == UNDECIDED)
+    row, earlier = bucket.neighbours.row, bucket.neighbours.earlier
+    goes = np.zeros(len(open_), bool)
+    goes[row[bucket.states[earlier] == STAYS]] = True
+    waiting = bucket.waiting()
+    pairs = {"row": bucket.hashes[row[waiting]], "earlier": bucket.hashes[earlier[waiting]]}
+    own = read_fragment(store, _path(job, f"own-{task.bucket:05d}")).replace_schema_metadata().select(ORDER)
+    place = np.searchsorted(own.column("row").to_numpy(), bucket.hashes[open_])
+    rows = own.take(pa.array(place)).append_column("goes", pa.array(goes[open_]))
+    _write(store, job, f"open-pairs-{task.bucket:05d}", pa.table(pairs))
+    _write(store, job, f"open-{task.bucket:05d}", rows)
+    return len(rows)
+
+
+def finish(task: BucketTask) -> int:
+    """Decide all rows that collect_open stored, of all buckets, for the round of the task; returns their number.
+    Memory: about 100 bytes for each of FINISH_PAIRS."""
+    job, store = task.job, connect(task.job.root)
+    name = _rest(task.round)
+    if _is_done(store, job, name):
+        return 0
+    rows = _of_all(store, job, "open")  # by row: buckets are ranges
+    pairs = _of_all(store, job, "open-pairs")
+    hashes = rows.column("row").to_numpy()
+    row, earlier = (np.searchsorted(hashes, pairs.column(side).to_numpy()) for side in ("row", "earlier"))
+    states = np.where(rows.column("goes").to_numpy(), GOES, UNDECIDED).astype(np.uint8)
+    neighbours = Neighbours(row, earlier, np.ones(len(row), np.float32))
+    settle(neighbours, _preference(job, rows), states, np.ones(len(states), bool))
+    _write(store, job, name, pa.table({"row": hashes, "stays": states == STAYS}))
+    return len(hashes)
 
 
 def represent(task: BucketTask) -> int:
@@ -320,22 +368,35 @@ class _Bucket:
         self.rank = np.zeros(len(self.hashes), np.int64)
         self.rank[self._row] = table.column("row_rank").to_numpy()
         self.states = np.full(len(self.hashes), UNDECIDED, np.uint8)
-        for number in range(task.round):
-            for sender in range(job.buckets):
-                self._learn(_messages(store, job, f"decided-{number:05d}-{sender:05d}", task.bucket))
+        if task.round:
+            self._learn_round(store, task)
+
+    def waiting(self) -> np.ndarray:
+        """Which of the pairs with earlier neighbours, bool (e,), are of two undecided rows."""
+        row, earlier = self.neighbours.row, self.neighbours.earlier
+        waits: np.ndarray = (self.states[row] == UNDECIDED) & (self.states[earlier] == UNDECIDED)
+        return waits
+
+    def _learn_round(self, store: Store, task: BucketTask) -> None:
+        """What the bucket knew after the round before, and was told in it."""
+        job, before = task.job, task.round - 1
+        known = read_fragment(store, _path(job, _of_round("states", before, task.bucket)))
+        self.states = known.column("state").to_numpy().copy()
+        for sender in range(job.buckets):
+            self._learn(_messages(store, job, _of_round("decided", before, sender), task.bucket))
+        if _is_done(store, job, _rest(task.round)):
+            rest = read_fragment(store, _path(job, _rest(task.round)))
+            self._learn(rest.filter(pa.array(np.isin(rest.column("row").to_numpy(), self.hashes))))
 
     def _learn(self, messages: pa.Table) -> None:
         place = np.searchsorted(self.hashes, messages.column("row").to_numpy())
         self.states[place] = np.where(messages.column("stays").to_numpy(), STAYS, GOES)
 
     def messages(self, decided: np.ndarray, buckets: int, bucket: int) -> pa.Table:
-        """What is decided of rows, bool (n,), to the own bucket and to those of their later neighbours, once each."""
+        """What is decided of rows, bool (n,), to the other buckets of their later neighbours, once each."""
         told = decided[self._row] & ~self._earlier
-        rows = np.concatenate([np.flatnonzero(decided), self._row[told]])
-        to = np.concatenate(
-            [np.full(np.count_nonzero(decided), bucket), bucket_of(self.hashes[self._neighbour[told]], buckets)]
-        )
-        to, rows = np.unique(np.stack([to, rows]), axis=1)
+        rows, to = self._row[told], bucket_of(self.hashes[self._neighbour[told]], buckets)
+        to, rows = np.unique(np.stack([to[to != bucket], rows[to != bucket]]), axis=1)
         return pa.table({"bucket": to, "row": self.hashes[rows], "stays": self.states[rows] == STAYS})
 
 
@@ -486,6 +547,27 @@ def sortable(columns: list[pa.Array]) -> pa.Array:
     """Texts that sort as a text and then some whole numbers do."""
     numbers = [pc.utf8_lpad(pc.cast(column, pa.string()), POSITION_DIGITS, "0") for column in columns[1:]]
     return pc.binary_join_element_wise(columns[0], *numbers, "\0")
+
+
+def _preference(job: RemovalJob, rows: pa.Table) -> np.ndarray:
+    """The place int64 (n,) of rows (ORDER) in the order in which they are preferred: those that stand come first."""
+    rank = ranks(rows.column("key"), rows.column("best").to_numpy(), descends(job))
+    place: np.ndarray = np.where(rows.column("stands").to_numpy(), rank, rank + len(rank))
+    return place
+
+
+def _of_all(store: Store, job: RemovalJob, kind: str) -> pa.Table:
+    """What all buckets stored of a kind."""
+    return pa.concat_tables([read_fragment(store, _path(job, f"{kind}-{b:05d}")) for b in range(job.buckets)])
+
+
+def _of_round(kind: str, number: int, bucket: int) -> str:
+    return f"{kind}-{number:05d}-{bucket:05d}"
+
+
+def _rest(number: int) -> str:
+    """What one task decided after so many rounds."""
+    return f"rest-{number:05d}"
 
 
 def _messages(store: Store, job: RemovalJob, name: str, bucket: int) -> pa.Table:

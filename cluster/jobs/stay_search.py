@@ -3,7 +3,7 @@
 A removal takes passages by themselves, or documents with all of theirs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -21,6 +21,7 @@ from penstock.cluster.storage import Store
 from penstock.operators.evaluation import Neighbours, exact_neighbours, merge_neighbours
 from penstock.operators.identity import row_hashes
 from penstock.operators.indexing import Metric
+from penstock.operators.sorted_places import places_among
 
 MOST_REMOVALS = 63  # bits of a row's fate
 
@@ -67,11 +68,11 @@ class RepresentedTask:
 
 @dataclass(frozen=True)
 class CountTask:
-    """Count the documents of a fragment, which has them whole, that each of some removals took."""
+    """Count the documents of fragments, each of which has its own whole, that each of some removals took."""
 
     root: str
     embeddings_fingerprint: str
-    fragment: str
+    fragments: tuple[str, ...]
     removals: tuple[DocumentJob, ...]
 
 
@@ -79,7 +80,8 @@ def search_stays(task: StayTask) -> StayFound:
     """The exact neighbours after each removal. Every row is compared once: rows that the same removals took are
     searched together, and what each removal left is put together from these.
 
-    Memory: a fragment, what goes of one bucket of rows, and neighbours for each such group.
+    Memory: a fragment, 24 bytes for each row of all fragments, what goes of one bucket of rows, and neighbours for each
+    such group. What each removal took is read once.
 
     Raises:
         ValueError: more than MOST_REMOVALS removals.
@@ -91,14 +93,14 @@ def search_stays(task: StayTask) -> StayFound:
     store, queries = connect(task.root), task.queries
     found: dict[int, Neighbours] = {}
     passages: list[str] = []
+    fates = _Fates(store, task)
     for fragment in task.fragments:
-        path = fragment_path(EMBEDDINGS, task.embeddings_fingerprint, fragment)
-        table = read_fragment(store, path, ["row_hash", "passage_id", "embedding"])
+        table = _read(store, task.embeddings_fingerprint, fragment, ["row_hash", "passage_id", "embedding"])
         ids, vectors = table.column("passage_id").combine_chunks(), vectors_of(table.column("embedding"))
         passages += _passages(ids, task.documents)
-        fates = _fates(store, task.removals, table.column("row_hash").to_numpy(), ids)
-        for fate in np.unique(fates).tolist():
-            rows = np.flatnonzero(fates == fate)
+        own = fates.of(table.column("row_hash").to_numpy(), ids)
+        for fate in np.unique(own).tolist():
+            rows = np.flatnonzero(own == fate)
             batch = (ids.take(pa.array(rows)), vectors[rows])
             near = exact_neighbours(queries.vectors, [batch], task.k, task.metric, queries.exclude)
             found[fate] = merge_neighbours([found[fate], near], task.k) if fate in found else near
@@ -117,12 +119,19 @@ def represented(task: RepresentedTask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_gone(task: CountTask) -> np.ndarray:
-    """Documents int64 (t + 1, 2) of the fragment and their passages: all, and those that each removal took."""
+    """Documents int64 (t + 1, 2) of the fragments and their passages: all, and those that each removal took. Memory: 24
+    bytes for each document, a fragment's ids, and what goes of one bucket. What each removal took is read once."""
     store = connect(task.root)
-    path = fragment_path(EMBEDDINGS, task.embeddings_fingerprint, task.fragment)
-    ids = read_fragment(store, path, ["passage_id"]).column("passage_id").combine_chunks()
-    documents, passages = np.unique(_document_hashes(ids), return_counts=True)
-    counts = [(len(documents), len(ids))]
+    found, counted = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for fragment in task.fragments:
+        ids = _read(store, task.embeddings_fingerprint, fragment, ["passage_id"]).column("passage_id")
+        documents, passages = np.unique(_document_hashes(ids.combine_chunks()), return_counts=True)
+        found.append(documents)
+        counted.append(passages)
+    documents, passages = np.concatenate(found), np.concatenate(counted)
+    order = np.argsort(documents)
+    documents, passages = documents[order], passages[order]
+    counts = [(len(documents), int(passages.sum()))]
     for removal in task.removals:
         went = _taken(store, removal.removal, documents)
         counts.append((int(np.count_nonzero(went)), int(passages[went].sum())))
@@ -139,27 +148,55 @@ def _represented(store: Store, task: RepresentedTask) -> Iterator[pa.Table]:
             assert_never(task.removal)
 
 
-def _fates(store: Store, removals: Sequence[RemovalJob | DocumentJob], hashes: np.ndarray, ids: pa.Array) -> np.ndarray:
-    """Which removals took each row, of which `ids` are the names: a bit for each, int64 (n,)."""
-    fates = np.zeros(len(hashes), np.int64)
-    documents = _document_hashes(ids) if any(isinstance(one, DocumentJob) for one in removals) else hashes
-    for bit, removal in enumerate(removals):
-        match removal:
-            case RemovalJob():
-                taken = _taken(store, removal, hashes)
-            case DocumentJob():
-                taken = _taken(store, removal.removal, documents)
-            case _:
-                assert_never(removal)
-        fates |= taken.astype(np.int64) << bit
-    return fates
+class _Fates:
+    """Which removals took the rows of the fragments of a task: a bit for each."""
+
+    def __init__(self, store: Store, task: StayTask) -> None:
+        kinds = [isinstance(removal, DocumentJob) for removal in task.removals]
+        self._rows = _hashes(store, task, documents=False) if not all(kinds) else np.empty(0, np.uint64)
+        self._documents = _hashes(store, task, documents=True) if any(kinds) else np.empty(0, np.uint64)
+        self._row_fates = np.zeros(len(self._rows), np.int64)
+        self._document_fates = np.zeros(len(self._documents), np.int64)
+        for bit, removal in enumerate(task.removals):
+            match removal:
+                case RemovalJob():
+                    self._row_fates |= _taken(store, removal, self._rows).astype(np.int64) << bit
+                case DocumentJob():
+                    taken = _taken(store, removal.removal, self._documents)
+                    self._document_fates |= taken.astype(np.int64) << bit
+                case _:
+                    assert_never(removal)
+
+    def of(self, hashes: np.ndarray, ids: pa.Array) -> np.ndarray:
+        """Those of rows of a fragment, of which `ids` are the names: int64 (n,)."""
+        fates = np.zeros(len(hashes), np.int64)
+        if len(self._rows):
+            fates |= self._row_fates[np.searchsorted(self._rows, hashes)]
+        if len(self._documents):
+            fates |= self._document_fates[np.searchsorted(self._documents, _document_hashes(ids))]
+        return fates
 
 
-def _taken(store: Store, removal: RemovalJob, hashes: np.ndarray) -> np.ndarray:
-    """Which of some hashes (n,) a removal took, bool (n,)."""
-    taken = np.zeros(len(hashes), bool)
+def _hashes(store: Store, task: StayTask, documents: bool) -> np.ndarray:
+    """The hashes of the rows of all fragments, or of their documents: ascending uint64 (n,)."""
+    found = [np.empty(0, np.uint64)]
+    for fragment in task.fragments:
+        column = _read(
+            store, task.embeddings_fingerprint, fragment, ["passage_id" if documents else "row_hash"]
+        ).column(0)
+        found.append(np.unique(_document_hashes(column.combine_chunks()) if documents else column.to_numpy()))
+    return np.unique(np.concatenate(found))
+
+
+def _read(store: Store, embeddings_fingerprint: str, fragment: str, columns: list[str]) -> pa.Table:
+    return read_fragment(store, fragment_path(EMBEDDINGS, embeddings_fingerprint, fragment), columns)
+
+
+def _taken(store: Store, removal: RemovalJob, ascending: np.ndarray) -> np.ndarray:
+    """Which of some hashes uint64 (n,), ascending, a removal took, bool (n,)."""
+    taken = np.zeros(len(ascending), bool)
     for table in removed_rows(store, removal):
-        taken |= np.isin(hashes, table.column("removed").to_numpy())
+        taken[places_among(ascending, table.column("removed").to_numpy())[1]] = True
     return taken
 
 

@@ -213,7 +213,7 @@ def test_it_goes_on_where_it_stopped_and_ends_the_same(corpus: tuple[Corpus, Pat
     count = remove_documents(InProcess(), job)
     folder = root / "stages/document-pairs/stopped"
     before = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
-    for name in ("incidences-00001", "links-00002", "pairs-00000"):
+    for name in ("incidences-00001", "links-00002", "pairs-00000", "facts-00003"):
         (folder / f"{name}.parquet").unlink()
     assert remove_documents(InProcess(), job) == count
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before

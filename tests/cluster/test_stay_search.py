@@ -1,12 +1,15 @@
 """Exact search among what stays, against sorting all rows for each removal."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from penstock.cluster import fragments
 from penstock.cluster.fragments import Receipt, vector_column, write_fragment
 from penstock.cluster.jobs.document_pairs import DocumentJob
 from penstock.cluster.jobs.evaluation import Queries
@@ -22,6 +25,7 @@ from penstock.cluster.jobs.stay_search import (
 )
 from penstock.cluster.layout import DOCUMENT_PAIRS, EMBEDDINGS, REMOVAL, fragment_path
 from penstock.cluster.local_store import LocalStore
+from penstock.cluster.storage import Store
 from penstock.operators.identity import row_hashes
 from penstock.operators.independent_set import Keep
 from penstock.operators.indexing import Metric
@@ -37,7 +41,7 @@ GONE = [np.arange(0, ROWS, 2), np.arange(0, ROWS, 4), np.arange(1, ROWS, 5), np.
 
 def _task(root: Path) -> StayTask:
     store = LocalStore(root)
-    fragments = []
+    names = []
     for number, part in enumerate(np.array_split(np.arange(ROWS), 3)):
         part = part[np.argsort(HASHES[part])]
         table = pa.table(
@@ -47,9 +51,9 @@ def _task(root: Path) -> StayTask:
                 "embedding": vector_column(VECTORS[part]),
             }
         )
-        fragments.append(f"{number:032x}")
-        receipt = Receipt(fragments[-1], len(part), len(part))
-        write_fragment(store, fragment_path(EMBEDDINGS, "e", fragments[-1]), table, receipt)
+        names.append(f"{number:032x}")
+        receipt = Receipt(names[-1], len(part), len(part))
+        write_fragment(store, fragment_path(EMBEDDINGS, "e", names[-1]), table, receipt)
     removals = []
     for number, rows in enumerate(GONE):
         job = RemovalJob(str(root), f"r{number}", (), 0.9, Keep.RANDOM, BUCKETS)
@@ -61,7 +65,7 @@ def _task(root: Path) -> StayTask:
     asked = unit_rows(np.random.default_rng(2).standard_normal((9, 10)))
     queries = Queries(tuple(f"q{number}" for number in range(9)), asked, (None,) * 9)
     documents = frozenset(("d3", "d7", "no such"))
-    return StayTask(str(root), "e", tuple(fragments), tuple(removals), queries, K, Metric.COSINE, documents)
+    return StayTask(str(root), "e", tuple(names), tuple(removals), queries, K, Metric.COSINE, documents)
 
 
 def _nearest(task: StayTask, rows: np.ndarray) -> list[list[str]]:
@@ -77,6 +81,20 @@ def test_neighbours_are_those_of_the_rows_that_stay(tmp_path: Path) -> None:
         assert sorted(found.passages) == [f"{name}#{part}" for name in ("d3", "d7") for part in range(3)]
         for near, gone in zip(found.neighbours, [np.empty(0, np.int64), *GONE], strict=True):
             assert near.ids.tolist() == _nearest(task, np.setdiff1d(np.arange(ROWS), gone))
+
+
+def test_what_removals_took_is_read_once_for_all_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, opened = _task(tmp_path), Counter[str]()
+    open_fragment = fragments.open_fragment
+
+    def counted(store: Store, path: str) -> pq.ParquetFile:
+        opened[path] += 1
+        return open_fragment(store, path)
+
+    monkeypatch.setattr(fragments, "open_fragment", counted)
+    search_stays(task)
+    removed = {path: times for path, times in opened.items() if "/removed-" in path}
+    assert len(removed) == len(GONE) * BUCKETS and set(removed.values()) == {1}
 
 
 def test_rows_that_went_name_what_represents_them(tmp_path: Path) -> None:
@@ -112,7 +130,9 @@ def test_documents_that_went_take_all_their_passages_and_are_counted(tmp_path: P
     went = np.isin([name.partition("#")[0] for name in NAMES], names)
     assert near[1].ids.tolist() == _nearest(task, np.setdiff1d(np.arange(ROWS), GONE[1]))
     assert near[2].ids.tolist() == _nearest(task, np.flatnonzero(~went))
-    counts = [count_gone(CountTask(task.root, "e", fragment, (job,))) for fragment in task.fragments]
+    groups = (task.fragments[:2], task.fragments[2:])
+    counts = [count_gone(CountTask(task.root, "e", group, (job,))) for group in groups]
+    assert count_gone(CountTask(task.root, "e", task.fragments, (job,))).tolist() == sum(counts).tolist()
     assert sum(counts).tolist() == [[ROWS // 3, ROWS], [len(names), int(went.sum())]]
     gone, kept = represented(RepresentedTask(job, np.sort(row_hashes(names[:4])), whole=True))
     assert sorted(gone.tolist()) == sorted(row_hashes(names[:4]).tolist()) and np.array_equal(kept, gone + np.uint64(1))

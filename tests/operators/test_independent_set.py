@@ -97,6 +97,13 @@ def test_a_chain_longer_than_the_rounds_is_decided_row_by_row() -> None:
     assert stays[::2].all() and not stays[1::2].any()
 
 
+@pytest.mark.parametrize("more", range(-3, 4))
+def test_a_chain_may_end_with_the_last_round(more: int) -> None:
+    rows = module.MOST_ROUNDS + more
+    chain = [(row, row + 1) for row in range(rows - 1)]
+    assert np.array_equal(check(chain, np.arange(rows)), np.arange(rows) % 2 == 0)
+
+
 def test_the_order_of_pairs_and_rows_does_not_matter() -> None:
     random = np.random.default_rng(3)
     links = [(int(a), int(b)) for a, b in random.integers(0, 200, (400, 2)) if a != b]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from penstock.cluster.jobs import removal
 from penstock.cluster.session import Session
 from penstock.operators.identity import row_hashes
 from penstock.pipelines import Pipeline, open_index
@@ -186,9 +187,15 @@ def test_what_cannot_be_is_refused(made: Workspace, rule: dict[str, Any], messag
 
 
 @pytest.mark.parametrize("judged", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_curve_of_documents_is_what_runs_remove(made: Workspace, tmp_path: Path, judged: bool) -> None:
+def test_the_curve_of_documents_is_what_runs_remove(
+    made: Workspace, tmp_path: Path, judged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(made.folder, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy", made.settings)
+    if not judged:  # in several buckets, of which lower thresholds would need more
+        monkeypatch.setattr(removal, "BUCKET_PAIRS", record_of(workspace.root)["pairs"])
+        for stage in ("removal", "document-pairs"):  # in one bucket
+            shutil.rmtree(workspace.root / "stages" / stage)
     stays, goes = decisions(workspace.root)
     texts = {
         row["id"]: row["text"]
@@ -208,6 +215,8 @@ def test_the_curve_of_documents_is_what_runs_remove(made: Workspace, tmp_path: P
     record = json.loads(done.stdout.strip().splitlines()[-1])
     points = {point["similarity"]: point for point in record["points"]}
     rows, here = passages_of(workspace.root), points[SIMILARITY]
+    ends = {path.name.split("-")[1] for path in workspace.root.glob("stages/pairs/*/ends-*-pairs-*")}
+    assert ends == {"00001"} if judged else "00001" in ends and len(ends) == 2  # of the run before, and of the curve
     assert record["level"] == "document" and record["rows"] == len(rows)
     assert record["documents"] == len(stays) + len(goes) and here["removed_documents"] == len(goes)
     assert here["removed"] == sum(document in goes for document, _ in rows.values())
