@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -82,8 +82,9 @@ class Pipeline:
     def reindex(
         self, reporter: Reporter | None = None, plan: Plan | None = None
     ) -> tuple[Report | None, Difference | None]:
-        """`run`, and how what is published differs from the version that the alias pointed to before; None for each
-        where there is nothing to do, or nothing to compare with.
+        """`run`, which compares the version's rows and files with what they should be before the alias moves, and how
+        what is published differs from the version that the alias pointed to before; None for each where there is
+        nothing to do, or nothing to compare with.
 
         Raises:
             As `run`; NothingToUpgrade where the file names another model than that version's.
@@ -94,7 +95,7 @@ class Pipeline:
         before = catalog.alias(alias) if alias else None
         if before is not None:
             refuse_other_space(catalog.manifest(before.version), plan.resolved)
-        report = self.run(reporter, plan)
+        report = self.run(reporter, replace(plan, covers=True))
         if report is None or before is None or before.version == report.version:
             return report, None
         if is_mixed(catalog.manifest(before.version)):  # of which there are no documents of its own to compare
