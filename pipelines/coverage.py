@@ -19,7 +19,7 @@ from penstock.cluster.storage import Store
 from penstock.operators.coverage import RowCoverage
 from penstock.operators.sharding import shard_range
 from penstock.pipelines.decisions import read_decision
-from penstock.pipelines.gate import Check
+from penstock.pipelines.gate import Check, failed
 from penstock.pipelines.planning import ENCODED, finished_fragments, read_facts
 from penstock.pipelines.publishing import files_of, lineage_fragments, shards_of
 from penstock.pipelines.records import read_json
@@ -43,6 +43,7 @@ KINDS = {
     "foreign": "passages that should not be there",
     "without_vector": "passages without a vector of the model",
 }
+DAMAGED = "damaged files"
 REMEDY = "restore its files from a copy, or remove the folder of the version, and run again to build it anew"
 
 
@@ -68,7 +69,7 @@ class Coverage:
 
     def checks(self) -> list[Check]:
         """Figures that must all be 0."""
-        found = [Check("damaged files", len(self.damaged), 0, at_least=False)]
+        found = [Check(DAMAGED, len(self.damaged), 0, at_least=False)]
         return found + [Check(words, getattr(self.rows, name), 0, at_least=False) for name, words in KINDS.items()]
 
     def problems(self) -> str:
@@ -108,6 +109,11 @@ def cover(session: Session, catalog: Catalog, manifest: dict[str, Any]) -> Cover
     fragments = sorted(finished_fragments(store, EMBEDDINGS, encoded))
     counted = count_encoded(session, store.url, encoded, fragments)
     return Coverage(manifest["model"]["space"], len(files), damaged, rows, counted)
+
+
+def is_whole(checks: Sequence[Check]) -> bool:
+    """Whether none of the checks of a coverage is among those that failed."""
+    return not any(check.name in (DAMAGED, *KINDS.values()) for check in failed(checks))
 
 
 def _files(manifest: dict[str, Any], folder: str) -> Sequence[FileRecord]:

@@ -16,6 +16,7 @@ from penstock.pipelines.backfilling import AliasHead
 from penstock.pipelines.canary import ModelTrial
 from penstock.pipelines.canary_sample import SAMPLE_PASSAGES
 from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.coverage import is_whole
 from penstock.pipelines.diffing import Difference, compare
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
 from penstock.pipelines.mixed_format import is_mixed
@@ -84,7 +85,7 @@ class Pipeline:
     ) -> tuple[Report | None, Difference | None]:
         """`run`, which compares the version's rows and files with what they should be before the alias moves, and how
         what is published differs from the version that the alias pointed to before; None for each where there is
-        nothing to do, or nothing to compare with.
+        nothing to do, or nothing (whole) to compare.
 
         Raises:
             As `run`; NothingToUpgrade where the file names another model than that version's.
@@ -97,6 +98,8 @@ class Pipeline:
             refuse_other_space(catalog.manifest(before.version), plan.resolved)
         report = self.run(reporter, replace(plan, covers=True))
         if report is None or before is None or before.version == report.version:
+            return report, None
+        if not is_whole(report.checks):
             return report, None
         if is_mixed(catalog.manifest(before.version)):  # of which there are no documents of its own to compare
             return report, None
