@@ -65,7 +65,9 @@ SHARES = np.linspace(0, 1, 11)
 FRAGMENTS, RANDOM_ORDERS = 40, 5
 SAMPLED = 0.1  # of the rows that a canary embeds with both models
 COSINE = Metric.COSINE
-LIVE = ("reader_errors", "mixed_answers", "wasted_embeddings")
+LIVE = ("reader_errors", "mixed_answers", "wasted_embeddings", "quality_falls", "kills_missed")  # each must be 0
+LEAST_KILLS = 10  # of a whole upgrade; the short one here has SHORT_KILLS
+SHORT_KILLS = 2
 PAIRS = (
     ("dims256", "full"),
     ("full", "dims256"),
@@ -364,11 +366,13 @@ def live_figures(merge: Path | None) -> dict[str, object]:
         printed = merge.read_text("utf-8")
     else:
         program = Path(__file__).with_name("upgrade_live.py")
-        command = [sys.executable, str(program), "--documents", "150", "--kills", "1", "--json"]
+        command = [sys.executable, str(program), "--documents", "150", "--kills", str(SHORT_KILLS), "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         printed = done.stdout
+    if not printed.strip():
+        raise SystemExit("a whole upgrade printed no figures: it ended before its reader was asked what it saw")
     found: dict[str, object] = json.loads(printed.splitlines()[-1])
-    return found
+    return found | ({"kills_missed": max(0, LEAST_KILLS - int(str(found["kills"])))} if merge is not None else {})
 
 
 # ---- report
@@ -485,7 +489,7 @@ def main() -> None:
             gains = " | ".join(f"{gain:+.4f}" for gain in one.gains().values())
             _say(f"| {one.pair} | {one.random_area:.4f} | {gains} |\n")
     live = live_figures(arguments.merge)
-    _say("\na whole upgrade: " + ", ".join(f"{name} {live[name]}" for name in LIVE) + "\n")
+    _say("\na whole upgrade: " + ", ".join(f"{name} {live[name]}" for name in ("kills", *LIVE)) + "\n")
     missed = misses(
         [one for found in bridges.values() for one in found], [o for found in ordered.values() for o in found], live
     )

@@ -28,7 +28,8 @@ HASH_COLUMN = "row_hash"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of a fragment's rows: rows_in = rows_out + the sum of dropped. A fact of content, not of the run."""
+    """What became of a fragment's rows: rows_in = rows_out + the sum of dropped. Facts of content, not of the run, but
+    for `encoded`: of embeddings, the vectors that an encoder made for this fragment, not taken over from another."""
 
     fragment: str
     rows_in: int
@@ -37,6 +38,7 @@ class Receipt:
     passages: int = 0
     tokens: int = 0
     truncated_tokens: int = 0
+    encoded: int = 0
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()

@@ -35,6 +35,7 @@ from penstock.pipelines.bridges import answers_through_bridge
 from penstock.pipelines.canary_sample import FEWEST_PASSAGES, SAMPLE_PASSAGES
 from penstock.pipelines.cleanup import DEFAULT_GRACE_HOURS, GraceTooShort, collect_garbage
 from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.coverage import CoverageUnknown
 from penstock.pipelines.diffing import compare
 from penstock.pipelines.health import HealthCheck
 from penstock.pipelines.history import Status, new_run_id, read_run, run_ids
@@ -93,6 +94,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     PublishConflict: EXIT_CONFLICT,
     NothingToUpgrade: EXIT_INVALID,
     BackfillStopped: EXIT_GATE,
+    CoverageUnknown: EXIT_FAILED,
     AlreadyExists: EXIT_CONFLICT,
     BridgeUnfit: EXIT_INVALID,
     MixedUnsupported: EXIT_INVALID,

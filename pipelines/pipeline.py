@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ from penstock.pipelines.backfilling import AliasHead
 from penstock.pipelines.canary import ModelTrial
 from penstock.pipelines.canary_sample import SAMPLE_PASSAGES
 from penstock.pipelines.config import PipelineFile
+from penstock.pipelines.coverage import is_whole
 from penstock.pipelines.diffing import Difference, compare
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, load_pipeline, parse_pipeline
 from penstock.pipelines.mixed_format import is_mixed
@@ -82,8 +83,9 @@ class Pipeline:
     def reindex(
         self, reporter: Reporter | None = None, plan: Plan | None = None
     ) -> tuple[Report | None, Difference | None]:
-        """`run`, and how what is published differs from the version that the alias pointed to before; None for each
-        where there is nothing to do, or nothing to compare with.
+        """`run`, which compares the version's rows and files with what they should be before the alias moves, and how
+        what is published differs from the version that the alias pointed to before; None for each where there is
+        nothing to do, or nothing (whole) to compare.
 
         Raises:
             As `run`; NothingToUpgrade where the file names another model than that version's.
@@ -94,8 +96,10 @@ class Pipeline:
         before = catalog.alias(alias) if alias else None
         if before is not None:
             refuse_other_space(catalog.manifest(before.version), plan.resolved)
-        report = self.run(reporter, plan)
+        report = self.run(reporter, replace(plan, covers=True))
         if report is None or before is None or before.version == report.version:
+            return report, None
+        if not is_whole(report.checks):
             return report, None
         if is_mixed(catalog.manifest(before.version)):  # of which there are no documents of its own to compare
             return report, None

@@ -504,7 +504,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. `version` is None until selection is done, since what stays decides it."""
+    """What a run would do. `version` is None until selection is done, since what stays decides it. A run that `covers`
+    compares its version, row by row, with what should be in it."""
 
     resolved: Resolved
     stages: tuple[StagePlan, ...]
@@ -513,6 +514,7 @@ class Plan:
     alias_moves: bool
     alias_head: int
     notes: tuple[str, ...] = field(default=())
+    covers: bool = False
 
     @property
     def up_to_date(self) -> bool:

@@ -46,6 +46,7 @@ from penstock.operators.deduplication import DuplicateIds
 from penstock.operators.encoding import Backend
 from penstock.pipelines.building import Building, vectors_read
 from penstock.pipelines.config import TabularDocuments
+from penstock.pipelines.coverage import REMEDY, cover
 from penstock.pipelines.deduplicating import Deduplicating
 from penstock.pipelines.embedding import ACTOR_CPU_SHARE, Embedding
 from penstock.pipelines.evaluating import Measurement
@@ -172,6 +173,7 @@ def execute(
     resolved = plan.resolved
     store.probe()
     run = Run(resolved, origin, store, session, reporter, new_run_id(resolved.pipeline.name), part)
+    run.covers = plan.covers
     with acquire(store, resolved.pipeline.name, run.run_id) as lease:
         return run.execute(lease, plan.alias_head)
 
@@ -257,6 +259,7 @@ class Run:
     ) -> None:
         self.resolved = resolved
         self.run_id = run_id
+        self.covers = False
         self._origin = origin
         self._store = store
         self._session = session
@@ -656,6 +659,7 @@ class Run:
             made |= {"part_of": self._part.of} if self._part else {}
             manifest = publish_manifest(self._catalog, made)
         write_ledger(self._store, self.run_id, self._entries)
+        checks += self._covered(manifest) if self.covers else []
         status, entry, notes = self._promote(lease, head, chain.version, checks)
         return Report(
             run_id=self.run_id,
@@ -673,6 +677,13 @@ class Run:
             agreement=self._agreement,
             tuning=self._tuning,
         )
+
+    def _covered(self, manifest: dict[str, Any]) -> list[Check]:
+        """The checks of the version's files and rows."""
+        covered = cover(self._session, self._catalog, manifest)
+        if covered.problems():
+            self._reporter.warn(f"version {manifest['version']} is not whole: {covered.problems()}; {REMEDY}")
+        return covered.checks()
 
     def _promote(
         self, lease: Lease, head: int, version: str, checks: Sequence[Check]

@@ -26,6 +26,7 @@ from penstock.pipelines.bridges import answers_through_bridge, fit_bridges, samp
 from penstock.pipelines.canary import canary
 from penstock.pipelines.canary_sample import Canary, TakenSample
 from penstock.pipelines.config import Embedding, Passages, PipelineFile, Upgrade, Workers
+from penstock.pipelines.coverage import REMEDY, cover
 from penstock.pipelines.embedding import Embedding as EmbeddingStage
 from penstock.pipelines.history import new_run_id, read_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid
@@ -260,11 +261,17 @@ class Upgrading:
                 f"version {version} failed its gate ({', '.join(missed)}): the alias stays where it is; "
                 "`penstock versions` has the figures"
             )
+        covered = cover(self.session, self.catalog, manifest)
+        if covered.problems():
+            raise BackfillStopped(
+                f"version {version} is not whole: {covered.problems()}; the alias stays where it is: {REMEDY}"
+            )
         record = backfill.measured(manifest) | {
             "version": version,
             "rows": manifest["rows"],
             "encoded": encoded + more,
             "gate": manifest["gate"],
+            "coverage": covered.to_json(),
             "alias": self.plan.resolved.pipeline.publish.alias,
             "previous": self.base.version,
         }

@@ -277,6 +277,7 @@ def store_embeddings(job: EmbeddingJob, table: pa.Table) -> Work:
         rows_out=good.num_rows,
         dropped=reasons(letters),
         passages=good.num_rows,
+        encoded=_total(good, "encoded"),
     )
     store = connect(job.root)
     effort = Effort(**json.loads(table.column("effort")[0].as_py()))

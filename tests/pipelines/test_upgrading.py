@@ -1,5 +1,6 @@
 """An index moves from one real model to another while it is searched, and through crashes."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
@@ -19,10 +21,15 @@ from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.pipelines import open_index
+from penstock.pipelines.backfilling import BackfillStopped
+from penstock.pipelines.coverage import CoverageUnknown, cover
+from penstock.pipelines.gate import failed
+from penstock.pipelines.history import Status
 from penstock.pipelines.mixed_format import is_mixed
 from penstock.pipelines.upgrade_views import upgrade_view
 from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
 
+from ..cluster.in_process import InProcess
 from .conftest import MODEL, Document, Workspace, published_vectors
 
 OLD = {"model": MODEL, "precision": "float32", "layers": 3, "layers_trained": True, "batch_tokens": 2048}
@@ -90,6 +97,7 @@ def test_an_index_moves_to_another_model_step_by_step(
     encoded = record["canary"]["sample"]["throughput"]["encoded"] + record["flip"]["encoded"]
     encoded += sum(step["encoded"] for step in steps)
     assert encoded == old.manifest["rows"], "each passage is encoded once with the new model"
+    check_coverage(record)
 
     settings = {"embedding": deepcopy(NEW), "root": str(tmp_path / "fresh")}
     fresh = replace(workspace, settings=workspace.settings | settings)
@@ -105,6 +113,56 @@ def test_an_index_moves_to_another_model_step_by_step(
     plan = workspace.pipeline().plan()  # whose file still names the old model
     assert not plan.alias_moves and "by upgrade: set embedding.model" in plan.notes[0]
     assert catalog.rollback("live", "test").version == old.version
+
+    damaged = workspace.root / catalog.version_folder(record["flip"]["version"]) / "shard-00001.ids.arrow"
+    check_refusals(catalog, catalog.manifest(record["flip"]["version"]), damaged)
+    damaged.write_bytes(flipped(damaged.read_bytes()))
+    with pytest.raises(BackfillStopped, match=r"is not whole: shard-00001.ids.arrow has sha256 .+; the alias stays"):
+        workspace.pipeline().upgrade()
+    assert head(catalog) == steps[-1]["version"]
+
+
+def flipped(data: bytes) -> bytes:
+    """The same with one bit of the middle changed."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def check_refusals(catalog: Catalog, manifest: dict[str, Any], ids: Path) -> None:
+    """What a version with a row too few and one too many, of another model, or of stages that are gone is told."""
+    session, root, rows = InProcess(), ids.parents[4], manifest["rows"]
+    assert cover(session, catalog, manifest).problems() == ""
+    data = ids.read_bytes()
+    names = pa.ipc.open_file(data).read_all().column("id").to_pylist()
+    with pa.ipc.new_file(str(ids), pa.schema([("id", pa.string())])) as writer:
+        writer.write_table(pa.table({"id": [names[1], *names[1:]]}))
+    changed = deepcopy(manifest)
+    stated = next(file for file in changed["shards"][1]["files"] if file["name"] == ids.name)
+    stated |= {"size_bytes": ids.stat().st_size, "sha256": hashlib.sha256(ids.read_bytes()).hexdigest()}
+    found = cover(session, catalog, changed)
+    assert found.rows.rows == found.rows.expected == rows, "one missing and one double cancel in a ratio of rows"
+    assert found.problems() == f"1 passages missing; 1 passages there twice ({names[0]}, {names[1]})"
+    assert [check.name for check in failed(found.checks())] == ["passages missing", "passages there twice"]
+    ids.write_bytes(data)
+
+    other = deepcopy(manifest)
+    other["model"]["weights_sha256"] = "0" * 64
+    found = cover(session, catalog, other)
+    assert found.problems().startswith(f"{rows} passages without a vector of the model")
+    facts = root / "stages/selection" / manifest["lineage"]["stages"]["selection"] / "fragments.parquet"
+    aside = facts.rename(facts.with_suffix(".aside"))
+    with pytest.raises(CoverageUnknown, match="the record of its selection is gone: run the pipeline again"):
+        cover(session, catalog, manifest)
+    aside.rename(facts)
+
+
+def check_coverage(record: dict[str, Any]) -> None:
+    """Each passage is in the new version once, and each text was encoded once, whatever fragment it lies in."""
+    found, rows = record["flip"]["coverage"], record["flip"]["rows"]
+    assert found["expected"] == found["rows"] == rows and list(found["rows_by_model"].values()) == [rows]
+    assert [found[name] for name in ("missing", "doubled", "foreign", "without_vector")] == [0, 0, 0, 0]
+    assert found["damaged"] == found["names"] == [] and found["files"] > 6
+    assert found["encoded"]["encoded"] == found["encoded"]["texts"] == rows
 
 
 def check_order(root: Path, record: dict[str, Any]) -> None:
@@ -201,6 +259,7 @@ def test_a_reader_sees_neither_errors_nor_two_spaces_while_the_driver_is_killed(
     encoded = record["canary"]["sample"]["throughput"]["encoded"] + record["flip"]["encoded"]
     encoded += sum(step["encoded"] for step in record["backfill"]["steps"])
     assert encoded <= record["flip"]["rows"], "what was finished before a kill is not encoded again"
+    check_coverage(record)
 
 
 def upgrade_process(file: Path) -> subprocess.Popen[str]:
@@ -220,6 +279,14 @@ def test_a_new_codec_is_indexed_from_stored_vectors_and_compared(
     assert {entry.stage: entry.encoded for entry in second.entries}["embeddings"] == 0
     assert difference.old["version"] == first.version and difference.new["version"] == second.version
     assert (difference.documents.added, difference.documents.removed, difference.documents.changed) == (0, 0, 0)
+    built = workspace.pipeline(index__codec="sq8", index__recall=0.5, gate={}, publish={}).run()
+    assert built is not None
+    file = workspace.root / f"indexes/test/versions/{built.version}/shard-00000.faiss"
+    file.write_bytes(flipped(file.read_bytes()))
+    third, _ = workspace.pipeline(index__codec="sq8", index__recall=0.5, gate={}).reindex()
+    assert third is not None and third.status is Status.GATE_FAILED and third.version == built.version
+    assert [str(check) for check in third.checks if not check.passed] == ["damaged files 1.0000 ≤ 0: missed by 1"]
+    assert head(Catalog(open_store(str(workspace.root)), "test")) == second.version
     with pytest.raises(NothingToUpgrade, match=r"embedding.model \(.+\) must be the model of version"):
         workspace.pipeline(embedding__prompts={"query": "ask: ", "document": ""}).reindex()
 
