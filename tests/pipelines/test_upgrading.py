@@ -19,9 +19,11 @@ from penstock.cluster.catalog import Catalog
 from penstock.cluster.session import Session
 from penstock.cluster.storage import open_store
 from penstock.pipelines import open_index
+from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.mixed_format import is_mixed
+from penstock.pipelines.planning import resolve
 from penstock.pipelines.upgrade_views import upgrade_view
-from penstock.pipelines.upgrading import NothingToUpgrade, UpgradeStep
+from penstock.pipelines.upgrading import Base, NothingToUpgrade, UpgradeStep, old_pipeline
 
 from .conftest import MODEL, Document, Workspace, published_vectors
 
@@ -98,10 +100,10 @@ def test_an_index_moves_to_another_model_step_by_step(
     moved, made = published_vectors(workspace.root), published_vectors(tmp_path / "fresh")
     assert moved.keys() == made.keys()
     np.testing.assert_array_equal([moved[name] for name in made], list(made.values()))
-    assert sum(moved[name] == made[name] for name in made) >= 0.9 * len(made)
 
-    with pytest.raises(NothingToUpgrade, match="same weights, prompts and dimension"):
-        workspace.pipeline().upgrade()
+    for declared in (None, "package:of_the_model_before"):
+        with pytest.raises(NothingToUpgrade, match="same weights, prompts and dimension"):
+            workspace.pipeline(upgrade__compatible_with=declared).upgrade()
     plan = workspace.pipeline().plan()  # whose file still names the old model
     assert not plan.alias_moves and "by upgrade: set embedding.model" in plan.notes[0]
     assert catalog.rollback("live", "test").version == old.version
@@ -230,3 +232,29 @@ def test_an_upgrade_needs_a_published_version(tmp_path: Path, real_texts: list[s
         workspace.pipeline().upgrade()
     with pytest.raises(NothingToUpgrade, match=r"publish.alias \(none\)"):
         workspace.pipeline(publish={}).upgrade()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_old_space_has_the_metric_that_its_version_states(
+    tmp_path: Path, real_texts: list[str], recorded: bool
+) -> None:
+    """The file may ask the new version for another, under which the old model's vectors were another space."""
+    workspace = workspace_of(tmp_path, real_texts)
+    asked = workspace.pipeline(index__metric="inner_product")
+    if recorded:
+        record = workspace.root / "runs/before/run.json"
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"pipeline": {"embedding": OLD, "passages": {"type": "whole"}}}))
+    base = Base("0" * 16, {"run_id": "before", "metric": "cosine"})
+    old = old_pipeline(open_store(str(workspace.root)), asked.config, base)
+    assert resolve(old, asked.origin).encoder.normalize and not resolve(asked.config, asked.origin).encoder.normalize
+    assert old.passages.type == ("whole" if recorded else "tokens")
+
+
+def test_traffic_of_words_is_refused_before_anything_is_done(tmp_path: Path, real_texts: list[str]) -> None:
+    workspace = workspace_of(tmp_path, real_texts)
+    for keep, kind in ((["topic", "visits"], "string"), ({"topic": "string", "visits": "bool"}, "bool")):
+        pipeline = workspace.pipeline(documents__keep=keep)
+        rule = rf"upgrade.traffic: \(visits\) must be a column of numbers \(int64 .* has it as {kind}; declare"
+        with pytest.raises(PipelineFileInvalid, match=rule):
+            resolve(pipeline.config, pipeline.origin)
