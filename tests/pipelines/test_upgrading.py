@@ -22,8 +22,9 @@ from penstock.pipelines import open_index
 from penstock.pipelines.loading import PipelineFileInvalid
 from penstock.pipelines.mixed_format import is_mixed
 from penstock.pipelines.planning import resolve
+from penstock.pipelines.publishing import model_of
 from penstock.pipelines.upgrade_views import upgrade_view
-from penstock.pipelines.upgrading import Base, NothingToUpgrade, UpgradeStep, old_pipeline
+from penstock.pipelines.upgrading import Base, NothingToUpgrade, UpgradeStep, old_pipeline, refuse_same_space
 
 from .conftest import MODEL, Document, Workspace, published_vectors
 
@@ -101,9 +102,8 @@ def test_an_index_moves_to_another_model_step_by_step(
     assert moved.keys() == made.keys()
     np.testing.assert_array_equal([moved[name] for name in made], list(made.values()))
 
-    for declared in (None, "package:of_the_model_before"):
-        with pytest.raises(NothingToUpgrade, match="same weights, prompts and dimension"):
-            workspace.pipeline(upgrade__compatible_with=declared).upgrade()
+    with pytest.raises(NothingToUpgrade, match="same weights, prompts and dimension"):
+        workspace.pipeline().upgrade()
     plan = workspace.pipeline().plan()  # whose file still names the old model
     assert not plan.alias_moves and "by upgrade: set embedding.model" in plan.notes[0]
     assert catalog.rollback("live", "test").version == old.version
@@ -258,3 +258,13 @@ def test_traffic_of_words_is_refused_before_anything_is_done(tmp_path: Path, rea
         rule = rf"upgrade.traffic: \(visits\) must be a column of numbers \(int64 .* has it as {kind}; declare"
         with pytest.raises(PipelineFileInvalid, match=rule):
             resolve(pipeline.config, pipeline.origin)
+
+
+def test_after_an_upgrade_its_declaration_does_not_hide_that_it_is_done(tmp_path: Path, real_texts: list[str]) -> None:
+    pipeline = workspace_of(tmp_path, real_texts).pipeline(upgrade__compatible_with="package:the_model_before")
+    resolved = resolve(pipeline.config, pipeline.origin)
+    model = model_of(resolved)
+    with pytest.raises(NothingToUpgrade, match="same weights, prompts and dimension"):
+        refuse_same_space(Base("0" * 16, {"model": model}), resolved)
+    with pytest.raises(NothingToUpgrade, match=r"compatible_with \(package:the_model_before\) must be the model of"):
+        refuse_same_space(Base("0" * 16, {"model": model | {"weights_sha256": "0" * 64}}), resolved)
