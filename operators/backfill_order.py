@@ -1,8 +1,8 @@
 """In which order rows are embedded again, and what an order is worth.
 
 First what is asked for (traffic), then hubs, which are among the neighbours of many, then what the adapter places
-worst, then the rest; equals by row hash, so that any worker finds the same order. FastFill (Jaeckle et al. 2023,
-arXiv:2303.04766) orders by predicted loss alone.
+worst, which is known of fragments alone, then the rest; equals by row hash, so that any worker finds the same order.
+FastFill (Jaeckle et al. 2023, arXiv:2303.04766) orders by predicted loss alone.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ class Priorities:
         hashes: uint64 (n,), the row hashes.
         traffic: (n,) finite and not negative: a column of the corpus, or what a log of queries finds.
         occurrences: (n,) k-occurrences, k as in `space_health`.
-        residuals: (n,) how far the adapter misses, finite; NaN for rows that were not embedded twice.
 
     Raises:
         ValueError: other lengths, or values that have no order.
@@ -35,10 +34,9 @@ class Priorities:
     hashes: np.ndarray
     traffic: np.ndarray | None = None
     occurrences: np.ndarray | None = None
-    residuals: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("traffic", "occurrences", "residuals"):
+        for name in ("traffic", "occurrences"):
             values = getattr(self, name)
             if values is not None and values.shape != self.hashes.shape:
                 raise ValueError(
@@ -53,12 +51,11 @@ def backfill_order(priorities: Priorities, k: int = K) -> np.ndarray:
     """Row numbers, the first to be embedded first: int64 (n,).
 
     Rows with more traffic come first. Of rows with the same, hubs (HUB_OCCURRENCES times k occurrences or more) come
-    before others, the larger first; of others, those with the larger residual, unknown ones last; equals by hash.
+    before others, the larger first; equals by hash.
     """
     hubs = _known(priorities.occurrences, priorities)
     hubs = np.where(hubs >= HUB_OCCURRENCES * k, hubs, 0)
-    residuals = np.nan_to_num(_known(priorities.residuals, priorities, missing=-np.inf), nan=-np.inf)
-    return np.lexsort((priorities.hashes, -residuals, -hubs, -_known(priorities.traffic, priorities)))
+    return np.lexsort((priorities.hashes, -hubs, -_known(priorities.traffic, priorities)))
 
 
 def fragment_order(
@@ -145,14 +142,14 @@ def area_under_quality(shares: np.ndarray, qualities: np.ndarray) -> float:
     return float(np.trapezoid(qualities, shares))
 
 
-def has_fallen(best: np.ndarray, now: np.ndarray, seed: int) -> bool:
+def has_fallen(before: np.ndarray, now: np.ndarray, seed: int) -> bool:
     """Whether quality fell beyond the confidence interval: the stop-loss of a backfill.
 
     Args:
-        best, now: a figure for each of the same queries, float64 (q,), at the best point so far and now.
+        before, now: a figure for each of the same queries, float64 (q,), of the version that is compared with, and now.
     """
-    return mean_interval(now - best, seed).high < 0
+    return mean_interval(now - before, seed).high < 0
 
 
-def _known(values: np.ndarray | None, priorities: Priorities, missing: float = 0.0) -> np.ndarray:
-    return np.full(len(priorities.hashes), missing) if values is None else values.astype(np.float64)
+def _known(values: np.ndarray | None, priorities: Priorities) -> np.ndarray:
+    return np.zeros(len(priorities.hashes)) if values is None else values.astype(np.float64)

@@ -12,10 +12,6 @@ import numpy as np
 from penstock.operators.confidence import Interval, mean_interval
 
 
-class IncompatibleModels(Exception):
-    """A model that was declared compatible is not, by the measured criterion."""
-
-
 @dataclass(frozen=True)
 class Compatibility:
     """What was measured.
@@ -36,19 +32,6 @@ class Compatibility:
     @property
     def compatible(self) -> bool:
         return self.difference.low > 0
-
-    def require(self, model: str) -> None:
-        """Refuses a declaration that the figures do not bear out.
-
-        Raises:
-            IncompatibleModels: naming the figures.
-        """
-        if not self.compatible:
-            raise IncompatibleModels(
-                f"model ({model}) declared compatible must answer better from the old index than the old model does, "
-                f"got {self.cross.estimate:.4f} against {self.old.estimate:.4f} (difference at least "
-                f"{self.difference.low:.4f} with 95 % confidence); fit a bridge, or embed again"
-            )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"compatible": self.compatible}

@@ -1,7 +1,8 @@
 """Load a sentence-transformers model and encode with it, at the device's best batch size.
 
-Batches are formed by a token budget over length-sorted texts, so that little is padded; the order of rows is restored.
-Vectors are the same for any batch size up to float rounding: within 2e-6 per component in float32 on CPU
+Batches are formed by a token budget over texts of like lengths, so that little is padded; the order of rows is
+restored. On CPU, texts of models that take token ids are padded to a length that follows from each alone: vectors are
+the same, bit for bit, for any batch size. Elsewhere they are up to float rounding
 (tests/operators/test_encoder_worker.py).
 """
 
@@ -202,14 +203,15 @@ class EncoderWorker:
             return self._finish(vectors.float().cpu().numpy())
 
     def figures(self) -> dict[str, Any]:
-        """What this worker found about itself: device, budget, kernels, who tokenises, the device's measured matrix
-        peak in operations per second (accelerators), seconds to import and load and to prepare, and when it was ready
-        (seconds since the epoch)."""
+        """What this worker found about itself: device, budget, kernels, who tokenises, whether each text is padded
+        by itself (`padded_lengths`), the device's measured matrix peak in operations per second (accelerators), seconds
+        to import and load and to prepare, and when it was ready (seconds since the epoch)."""
         return {
             "device": _device_name(self._device),
             "batch_tokens": self.batch_tokens,
             "fast_kernels": self.fast_kernels,
             "takes_token_ids": self.takes_token_ids,
+            "pads_evenly": self._pads_evenly,
             "peak_flops": self._peak_flops,
             "flops_per_token": self._flops_per_token,
             "attention_flops": self._attention_flops,
@@ -394,7 +396,7 @@ class EncoderWorker:
     def _count(self, done: _InFlight, lengths: np.ndarray, effort: Effort) -> None:
         of_batch = lengths[done.rows].astype(np.int64)
         effort.tokens += int(of_batch.sum())
-        effort.padded_tokens += int(of_batch.max(initial=0)) * len(of_batch)
+        effort.padded_tokens += self._padded_length(of_batch) * len(of_batch)
         effort.flops += float(self._flops_per_token * of_batch.sum() + self._attention_flops * (of_batch**2).sum())
 
     # ---- at the start

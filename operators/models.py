@@ -7,11 +7,13 @@ optional `@revision`. Weights are read from safetensors only.
 import hashlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 PACKAGE_PREFIX = "package:"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # Code comes along but is only run where the pipeline file says trust_remote_code.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 TOKENIZER_FILES = {
@@ -51,7 +53,8 @@ class ModelUnavailable(Exception):
 @dataclass(frozen=True)
 class ModelCard:
     """What a model folder states: identities, limits, prompts by name and similarity function ("cosine", "dot",
-    "euclidean", "manhattan"). `max_tokens` is None for a model without a window."""
+    "euclidean", "manhattan"). `max_tokens` is None for a model without a window, `revision` (the commit at the Hub)
+    where the folder is no snapshot of the Hub's cache."""
 
     reference: str
     weights_hash: str
@@ -65,6 +68,7 @@ class ModelCard:
     prompts: dict[str, str] = field(default_factory=dict)
     similarity: str | None = None
     layers: int | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def read_model_card(reference: str, folder: Path) -> ModelCard:
         prompts=prompts,
         similarity=stated.get("similarity_fn_name"),
         layers=_layers(base),
+        revision=_revision(folder),
     )
 
 
@@ -169,6 +174,13 @@ def _hub_folder(reference: str) -> Path:
         raise ModelUnavailable(
             f"embedding.model ({reference}): not a folder here, and the Hub did not supply it ({first_line}). {_WAYS}"
         ) from error
+
+
+def _revision(folder: Path) -> str | None:
+    """The commit that a folder of the Hub's cache is of: `models--NAME/snapshots/COMMIT` (huggingface_hub, "Understand
+    caching"), whatever branch or tag was asked for."""
+    found = folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name)
+    return folder.name if found else None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -293,14 +293,18 @@ def health(
     against: Annotated[
         str | None, typer.Option(help="A version of the same index that this one must not have drifted from.")
     ] = None,
+    version: Annotated[
+        str | None, typer.Option(help="A version of the same index to look at, instead of the alias's.")
+    ] = None,
     page: Annotated[Path | None, typer.Option(help="Show figures and plots in this HTML file.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the rows that are looked at.")] = 0,
     json_: AsJson = False,
 ) -> None:
-    """Report on the vector space of the version that an alias points to."""
+    """Report on the vector space of the version that an alias points to, or of another; of a mixed one, of its old
+    part."""
     catalog, name = find_alias(open_store(root), alias)
     entry = catalog.alias(name)
-    version = entry.version if entry else "none"
+    version = version or (entry.version if entry else "none")
     for one in [version, *([against] if against else [])]:
         if not catalog.has_manifest(one):
             raise AliasUnknown(

@@ -8,7 +8,6 @@ import numpy as np
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.comparison import ComparisonTask, compare_versions
 from penstock.cluster.jobs.selection import bucket_count
-from penstock.cluster.published import open_rows
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.comparing import DocumentChanges, neighbour_churn
@@ -16,6 +15,7 @@ from penstock.pipelines.mixed_format import refuse_mixed
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import how_built, shards_of
 from penstock.pipelines.reader import OpenIndex
+from penstock.pipelines.version_samples import sampled_texts
 
 K = 10
 QUERIES = 100
@@ -56,7 +56,7 @@ def compare(
         refuse_mixed(manifest, "compare")
     changes = _documents(store, catalog, manifests[old], manifests[new], session, reporter)
     with reporter.stage("answers", 2, "versions") as advance:
-        queries = sample_texts(catalog, manifests[new], QUERIES)
+        queries = sampled_texts(catalog, manifests[new], QUERIES)
         found = []
         for version in (old, new):
             with OpenIndex(catalog, version, manifests[version], trust) as index:
@@ -80,15 +80,6 @@ def _documents(
             changes = changes.add(found)
             advance(1, f"{changes.changed:,} changed")
     return changes
-
-
-def sample_texts(catalog: Catalog, manifest: dict[str, Any], count: int) -> list[str]:
-    """Texts of passages, spread over the shards. Rows lie in the order of a hash: the first are a random sample."""
-    shards = shards_of(manifest, catalog.version_folder(manifest["version"]))
-    each = -(-count // len(shards))
-    tables = [open_rows(catalog.store, shard) for shard in shards]
-    texts = [text for table in tables for text in table.column("text").slice(0, each).to_pylist()]
-    return texts[:count]
 
 
 def _figures(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.stored_sample import (
     EmbeddingsSampleTask,
     ReportTask,
-    StoredSampleTask,
     merge_stored,
     report_space,
     sample_embeddings,
@@ -23,7 +22,8 @@ from penstock.operators.space_health import MOST_SIZE_DIFFERENCE, alarms, drift
 from penstock.operators.space_report import SpaceReport
 from penstock.pipelines.mixed_format import MixedParts, is_mixed
 from penstock.pipelines.progress import Reporter
-from penstock.pipelines.publishing import lineage_fragments, shards_of
+from penstock.pipelines.publishing import lineage_fragments
+from penstock.pipelines.version_samples import sample_tasks
 
 SAMPLE_ROWS = 25_000  # effective ranks of fewer rows depend on how many there are
 
@@ -101,9 +101,7 @@ class HealthCheck:
             ) from error
 
     def _stored(self, manifest: Mapping[str, Any], wanted: int) -> np.ndarray:
-        root, folder = self.catalog.store.url, self.catalog.version_folder(manifest["version"])
-        shards = shards_of(dict(manifest), folder)
-        tasks = [StoredSampleTask(root, shard, manifest["rows"], wanted, self.seed) for shard in shards]
+        tasks = sample_tasks(self.catalog, manifest, wanted, self.seed)
         local = wanted < self.sample_rows
         parts = map(sample_stored, tasks) if local else self.session.stream(sample_stored, tasks)
         return merge_stored(list(parts), wanted, self.seed)

@@ -13,10 +13,10 @@ from penstock.cluster.session import Session
 from penstock.operators.comparing import neighbour_churn
 from penstock.operators.evaluation import judged_recall_at_k, ndcg_at_k
 from penstock.operators.identity import row_hashes
-from penstock.pipelines.diffing import sample_texts
 from penstock.pipelines.evaluating import PASSAGES_PER_DOCUMENT, judged_queries, place_of, ranked_documents
 from penstock.pipelines.planning import Resolved
 from penstock.pipelines.reader import OpenIndex
+from penstock.pipelines.version_samples import sampled_texts
 
 # Figures of each query are kept in every record: 2,000 of them take 40 KB, and the mean of their differences has a
 # confidence interval of about 0.01 where these spread by 0.25.
@@ -93,7 +93,7 @@ def _overlap(task: AnswersTask, catalog: Catalog) -> np.ndarray:
     """The share of the old version's answers that the version gives, float64 (q,); 1 where there were none."""
     old = catalog.manifest(task.old)
     if isinstance(task.queries, int):
-        texts = sample_texts(catalog, old, min(task.queries, MOST_QUERIES))
+        texts = sampled_texts(catalog, old, min(task.queries, MOST_QUERIES))
     else:
         ids, read = read_queries(*task.queries)
         texts = [read[place] for place in _fewer(ids)]

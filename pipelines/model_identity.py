@@ -25,6 +25,27 @@ def model_identity(encoder: Encoder, query_encoder: Encoder) -> dict[str, Any]:
     }
 
 
+def model_facts(encoder: Encoder, query_encoder: Encoder) -> dict[str, Any]:
+    """The model as a reader must load it to ask in the same space, by the names in manifests."""
+    return {
+        "reference": encoder.model,
+        "weights_sha256": encoder.weights_hash,
+        "tokenizer_sha256": encoder.tokenizer_hash,
+        "configuration_sha256": encoder.configuration_hash,
+        "space": encoder.space,
+        "max_tokens": encoder.max_tokens,
+        "special_tokens": encoder.special_tokens,
+        DIMENSION: encoder.dimension,
+        "normalize": encoder.normalize,
+        "precision": encoder.precision.value,
+        "layers": encoder.layers,
+        "backend": encoder.backend.value,
+        "document_prompt": encoder.prompt,
+        "query_prompt": query_encoder.prompt,
+        "trust_remote_code": encoder.trust_remote_code,
+    }
+
+
 def is_same_model(identity: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
     """Whether an identity, or the `model` of a manifest, is of the model and the prompts of another manifest's `model`,
     whatever the dimension and the precision."""
@@ -43,9 +64,13 @@ def is_one_space(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def identity_words(model: Mapping[str, Any]) -> str:
-    """The `model` of a manifest with all that tells it apart, for messages; pooling is part of the configuration."""
+    """The `model` of a manifest with all that its space is of, for messages; pooling is part of the configuration."""
     hashes = ", ".join(f"{kind} {model[f'{kind}_sha256'][:16]}" for kind in ("weights", "tokenizer", "configuration"))
     prompts = " and ".join(repr(model[name]) for name in PROMPTS)
+    lengths = "vectors of length 1" if model["normalize"] else "vectors as the model makes them"
+    layers = "all layers" if model["layers"] is None else f"the first {model['layers']} layers"
+    window = "no window" if model["max_tokens"] is None else f"window {model['max_tokens']} tokens"
     return (
-        f"{model['reference']} (space {model['space'][:16]}), {hashes}, dimension {model[DIMENSION]}, prompts {prompts}"
+        f"{model['reference']} (space {model['space'][:16]}), {hashes}, {lengths}, {layers}, {window}, precision "
+        f"{model['precision']} on {model['backend']}, dimension {model[DIMENSION]}, prompts {prompts}"
     )

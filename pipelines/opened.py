@@ -312,7 +312,7 @@ class OpenVersion:
         """See `OpenIndex.duplicates`."""
         return links_to([shard.duplicates.get() for shard in self.shards.values()], ids)
 
-    def warm(self, before: "Opened") -> None:
+    def warm(self, before: "Opened", by_vectors: bool = False) -> None:
         """Open what of an earlier version was in use: the shards of the same numbers, or all; the model for texts."""
         self.warm_shards(before.main)
         if any(encoder.loaded for encoder in before.encoders):
@@ -368,7 +368,7 @@ class Opened(Protocol):
 
     def duplicates(self, ids: Sequence[str]) -> pa.Table: ...
 
-    def warm(self, before: "Opened") -> None: ...
+    def warm(self, before: "Opened", by_vectors: bool = False) -> None: ...
 
 
 def opened(lazily: Lazily[T], degraded: bool) -> T | None:

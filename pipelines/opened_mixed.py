@@ -53,6 +53,7 @@ from penstock.pipelines.query_encoder import CodeNotTrusted, QueryEncoder
 # and 0.83 to 0.92 of what comparing all would, and from 2 on nDCG@10 is that of all within 0.003.
 COMPARED_PER_HIT = 4
 
+TRIED_TEXT = "a"  # as good as any other: whether texts become queries does not depend on them
 
 T = TypeVar("T")
 
@@ -193,8 +194,16 @@ class OpenMixed:
         ]
         return links_to(tables, ids)
 
-    def warm(self, before: Opened) -> None:
-        """Open what of an earlier version was in use: shards with what is superseded, adapters, models for texts."""
+    def warm(self, before: Opened, by_vectors: bool = False) -> None:
+        """Open what of an earlier version was in use: shards with what is superseded, adapters, models for texts.
+
+        Args:
+            by_vectors: whether queries are vectors, too.
+
+        Raises:
+            DamagedFile: the adapter of queries cannot be read, and queries of the kind that is asked have no other way.
+            ModelMismatch: vectors are asked, and there is no adapter for them.
+        """
         for part, live in ((self.new, self._named.new_live), (self.old, self._named.old_live)):
             if part is not None and live:
                 part.warm_shards(before.main)
@@ -206,8 +215,9 @@ class OpenMixed:
         for direction in self._bridges:
             self._bridge(direction)
         if any(encoder.loaded for encoder in before.encoders):
-            for encoder in self._encoders_of_texts():
-                encoder.load()
+            self._asked([TRIED_TEXT])  # which loads the models that texts need
+        if by_vectors:
+            self._asked(np.ones((1, self.manifest["dimension"]), np.float32))
 
     # ---- queries
 

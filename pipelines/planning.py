@@ -68,7 +68,13 @@ from penstock.pipelines.config import Level, PipelineFile, Transform
 from penstock.pipelines.decisions import can_build_upon, earlier_decisions, fragment_of, read_decision
 from penstock.pipelines.history import PastRun, last_run
 from penstock.pipelines.loading import Origin, PipelineFileInvalid, Problem
-from penstock.pipelines.model_identity import identity_words, is_same_dimension, is_same_model, model_identity
+from penstock.pipelines.model_identity import (
+    identity_words,
+    is_same_dimension,
+    is_same_model,
+    model_facts,
+    model_identity,
+)
 from penstock.pipelines.records import read_json
 from penstock.pipelines.shared_centroids import Clustering, index_clustering, most_stay, shared_clustering
 from penstock.pipelines.sources import Fragment, SourceFile, cut_fragments, document_reader, find_files
@@ -87,6 +93,7 @@ LEAST_ROWS = 20  # below, nothing could be measured, nor would it matter
 LARGE_SHARD = 1_000_000  # rows: no configuration takes fewer bytes per vector in a smaller one
 OF_THE_CHOICE = {"recall", "bytes_per_vector", "memory_gib", "latency_ms", "seed", "training_rows", "sharding"}
 # What a trained index does not depend on, or depends on only through the configuration that was chosen by it.
+NUMBERS = ("int64", "float64")  # types of kept columns
 NOT_OF_TRAINING = {"recall", "shards", "rerank", "metric", "bytes_per_vector", "memory_gib", "latency_ms"} | {
     "sharding",
     "transforms",
@@ -543,6 +550,7 @@ def resolve(pipeline: PipelineFile, origin: Origin) -> Resolved:
     warnings = _check_model(pipeline, card, origin)
     files = find_files(pipeline.documents, origin)
     reader = document_reader(pipeline.documents, files, origin)
+    _check_traffic(pipeline, reader, origin)
     dimension = pipeline.embedding.dimension or card.dimension
     metric = pipeline.index.metric or _own_metric(card, warnings)
     auto = pipeline.embedding.precision == "auto"
@@ -880,7 +888,8 @@ def alias_moves(resolved: Resolved, catalog: Catalog, version: str) -> tuple[boo
         identity = model_identity(resolved.encoder, resolved.query_encoder)
         model = catalog.manifest(head.version)["model"]
         if not is_same_model(identity, model) or _was_left(identity, model, catalog, name):
-            own = identity | {"reference": resolved.encoder.model, "space": resolved.encoder.space}
+            stated = model_facts(resolved.encoder, resolved.query_encoder)
+            own = stated | {"precision": resolved.pipeline.embedding.precision}  # which may be undecided yet
             return False, (
                 f"alias {name} was moved to version {head.version} of model {identity_words(model)} by {head.reason}: "
                 f"set embedding.model to that, with its prompts and dimension, where the file has "
@@ -913,6 +922,18 @@ def _model_card(pipeline: PipelineFile, origin: Origin) -> ModelCard:
     except ModelUnavailable as error:
         message = str(error).removeprefix("embedding.model ").strip()
         raise PipelineFileInvalid([origin.problem("embedding.model", message)]) from error
+
+
+def _check_traffic(pipeline: PipelineFile, reader: DocumentReader, origin: Origin) -> None:
+    """Refuse traffic of an upgrade that is no number, long before it is read."""
+    column = pipeline.upgrade.traffic
+    kept = dict(reader.keep).get(column) if column is not None else None
+    if kept not in (None, *NUMBERS):
+        rule = (
+            f"({column}) must be a column of numbers ({' or '.join(NUMBERS)}), documents.keep has it as {kept}; "
+            f"declare its type there ({{{column}: int64}}), or name another"
+        )
+        raise PipelineFileInvalid([origin.problem("upgrade.traffic", rule)])
 
 
 def _check_model(pipeline: PipelineFile, card: ModelCard, origin: Origin) -> list[str]:

@@ -26,6 +26,7 @@ from penstock.operators.transforms import step_to_json
 from penstock.operators.vamana import svs_version
 from penstock.pipelines.gate import Check
 from penstock.pipelines.ledger import StageEntry
+from penstock.pipelines.model_identity import model_facts
 from penstock.pipelines.planning import ENCODED, Chain, Resolved
 
 FORMAT = "penstock-index/1"
@@ -254,22 +255,7 @@ def _shard(shard: ShardRecord) -> dict[str, Any]:
 
 
 def model_of(resolved: Resolved) -> dict[str, Any]:
-    """The model as a reader must load it to ask in the same space."""
-    encoder = resolved.encoder
-    return {
-        "reference": encoder.model,
-        "weights_sha256": encoder.weights_hash,
-        "tokenizer_sha256": encoder.tokenizer_hash,
-        "configuration_sha256": encoder.configuration_hash,
-        "space": encoder.space,
-        "max_tokens": encoder.max_tokens,
-        "special_tokens": encoder.special_tokens,
-        "dimension": encoder.dimension,
-        "normalize": encoder.normalize,
-        "precision": encoder.precision.value,
-        "layers": encoder.layers,
-        "backend": encoder.backend.value,
-        "document_prompt": encoder.prompt,
-        "query_prompt": resolved.query_encoder.prompt,
-        "trust_remote_code": encoder.trust_remote_code,
-    }
+    """The model as a reader must load it to ask in the same space; with its revision at the Hub, for people: weights
+    are told apart by their hash."""
+    facts = model_facts(resolved.encoder, resolved.query_encoder)
+    return facts | {"revision": resolved.card.revision}

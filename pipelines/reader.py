@@ -162,7 +162,9 @@ class OpenIndex:
     def _opened(self, version: str, present: Opened) -> Opened:
         """Another version, with what is in use of the present one."""
         new = self._opening.open(self._catalog.manifest(version), present)
-        new.warm(present)
+        if self._with_vectors:
+            _refuse_other_space(present, new)
+        new.warm(present, self._with_vectors)
         return new
 
     def _change(self, present: Opened, new: Opened) -> None:

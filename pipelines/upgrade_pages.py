@@ -55,7 +55,7 @@ def canary_page(record: Mapping[str, Any]) -> str:
         "<h2>Bridges</h2>",
         _bridges(record["bridges"]),
         "<h2>Spaces</h2>",
-        f"<p>{escape(_likeness_words(record))}</p>",
+        f"<p>{escape(likeness_words(record))}</p>",
         _health_table({name: one["health"] for name, one in spaces.items()}),
         _space_plots(spaces),
     ]
@@ -207,7 +207,8 @@ def fit_words(fit: Mapping[str, Any]) -> str:
     return f"{fit['method']['type']}{f' ({words})' if words else ''}, a query weighs {fit['query_weight']:g}"
 
 
-def _likeness_words(record: Mapping[str, Any]) -> str:
+def likeness_words(record: Mapping[str, Any]) -> str:
+    """How alike the two spaces of a canary are: their neighbours, and their relative representations."""
     alike, overlap = record["likeness"], record["neighbour_overlap"]
     return (
         f"Of a passage's ten nearest, {overlap['estimate']:.1%} are the same in both spaces. By cosines to the same "

@@ -18,6 +18,7 @@ from penstock.pipelines.upgrade_pages import (
     best_first,
     figure_text,
     fit_words,
+    likeness_words,
     same_fit,
 )
 
@@ -25,7 +26,7 @@ from penstock.pipelines.upgrade_pages import (
 def bridge_view(record: Mapping[str, Any]) -> RenderableType:
     """The pairings, the best fits of both directions, the verdicts, and where the adapters are."""
     bridges = record["bridges"]
-    parts: list[RenderableType] = [_pairings(record)]
+    parts: list[RenderableType] = [_pairings(record), Text(likeness_words(record))]
     for direction, one in bridges["directions"].items():
         parts.append(_fits(direction, one))
         parts.append(Text(_verdict(direction, one), style="bold"))

@@ -20,6 +20,7 @@ from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import area_under_quality
 from penstock.operators.identity import fingerprint
+from penstock.operators.indexing import Metric
 from penstock.operators.mixed_spaces import QueryMode
 from penstock.pipelines.backfilling import AliasHead, Backfill, BackfillStopped, refuse_fall
 from penstock.pipelines.bridges import answers_through_bridge, fit_bridges, sample_residuals
@@ -338,15 +339,15 @@ def refuse_same_space(base: Base, new: Resolved) -> None:
         NothingToUpgrade: naming the model.
     """
     recorded, declared = base.manifest["model"], new.pipeline.upgrade.compatible_with
+    if _is_of(recorded, new):  # first: after an upgrade the declaration still names the model before
+        raise NothingToUpgrade(
+            f"version {base.version} of index {new.pipeline.name} is of model {recorded['reference']} with the same "
+            "weights, prompts and dimension; name another with --model or upgrade.model"
+        )
     if declared not in (None, recorded["reference"]):
         raise NothingToUpgrade(
             f"upgrade.compatible_with ({declared}) must be the model of version {base.version}, which is "
             f"{recorded['reference']}; leave it out where the new model was not trained to be"
-        )
-    if _is_of(recorded, new):
-        raise NothingToUpgrade(
-            f"version {base.version} of index {new.pipeline.name} is of model {recorded['reference']} with the same "
-            "weights, prompts and dimension; name another with --model or upgrade.model"
         )
 
 
@@ -358,8 +359,9 @@ def refuse_other_space(manifest: dict[str, Any], new: Resolved) -> None:
     """
     stated = manifest["model"]
     if not is_same_model(model_identity(new.encoder, new.query_encoder), stated):
+        asked = model_of(new) | {"precision": new.pipeline.embedding.precision}  # which may be undecided yet
         raise NothingToUpgrade(
-            f"embedding.model ({identity_words(model_of(new))}) must be the model of version {manifest['version']}, "
+            f"embedding.model ({identity_words(asked)}) must be the model of version {manifest['version']}, "
             f"{identity_words(stated)}, with its prompts: `penstock upgrade` moves an index to another"
         )
 
@@ -400,14 +402,17 @@ def check_log(pipeline: PipelineFile, origin: Origin) -> None:
 
 
 def old_pipeline(store: Store, pipeline: PipelineFile, base: Base) -> PipelineFile:
-    """The file with the model and the passages that a version was made with, as its run recorded them."""
+    """The file with the model, the passages and the metric that a version was made with: the metric from its manifest,
+    as vectors of length 1 are another space, the others as its run recorded them."""
+    index = pipeline.index.model_copy(update={"metric": Metric(base.manifest["metric"])})
     record = read_run(store, str(base.manifest["run_id"]))
     if record is None:  # cleaned up: the file has to name the old model itself
-        return pipeline
+        return pipeline.model_copy(update={"index": index})
     made = record["pipeline"]
     sections = {
         "embedding": Embedding.model_validate(made["embedding"]),
         "passages": Passages.model_validate(made["passages"]),
+        "index": index,
     }
     return pipeline.model_copy(update=sections)
 

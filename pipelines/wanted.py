@@ -6,20 +6,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
+from scipy.special import gammaincinv
 
 from penstock.cluster.catalog import Catalog
 from penstock.cluster.jobs.evaluation import QueriesInvalid
 from penstock.cluster.node import connect
-from penstock.cluster.published import open_stored
 from penstock.pipelines.planning import split_path
-from penstock.pipelines.publishing import shards_of
 from penstock.pipelines.reader import OpenIndex
+from penstock.pipelines.version_samples import sampled_vectors
 
 MOST_LOGGED = 10_000  # the queries that are asked most stand for the others
 HUB_QUERIES = 1_000
+HUB_CHANCE = 0.01
 BATCH_QUERIES = 500
 K = 10
 
@@ -53,10 +53,16 @@ def wanted_documents(task: WantedTask) -> dict[str, float]:
 
 
 def hub_occurrences(found: Mapping[str, float], rows: int) -> dict[str, float]:
-    """Among the neighbours of how many of all rows each document is, by how often it was of a sample of these; none for
-    documents that were found once, which is chance."""
-    scale = max(1.0, rows / HUB_QUERIES)
-    return {name: count * scale for name, count in found.items() if count > 1}
+    """Among the neighbours of how many of all rows each document is at least, by how often it was of a sample of these.
+
+    Counts of all rows stand as they are. Of a sample, the lower confidence bound of a Poisson count (Garwood 1936)
+    stands for all: of rows that are no hubs, HUB_CHANCE at most seem to be some. The counts themselves, scaled, would
+    make hubs of a quarter of 10,000 rows whose neighbours are drawn at random.
+    """
+    if rows <= HUB_QUERIES:
+        return dict(found)
+    least = gammaincinv(np.array(list(found.values()), np.float64), HUB_CHANCE)
+    return dict(zip(found, (least * rows / HUB_QUERIES).tolist(), strict=True))
 
 
 def most_asked(path: str, most: int = MOST_LOGGED) -> dict[str, float]:
@@ -72,17 +78,6 @@ def most_asked(path: str, most: int = MOST_LOGGED) -> dict[str, float]:
     if not counts:
         raise QueriesInvalid(f"upgrade.log ({path}) must hold queries, it holds none; leave it out")
     return dict(heapq.nlargest(most, counts.items(), key=lambda one: (one[1], one[0])))
-
-
-def sampled_vectors(catalog: Catalog, manifest: dict[str, Any], count: int) -> np.ndarray:
-    """Stored vectors float32 (n, d), spread over the shards; none where the version stores none. Rows lie in the order
-    of a hash: the first are a random sample."""
-    if manifest["stored"] is None:
-        return np.empty((0, int(manifest["dimension"])), np.float32)
-    shards = shards_of(manifest, catalog.version_folder(manifest["version"]))
-    each = -(-count // len(shards))
-    stored = [open_stored(catalog.store, shard)[1] for shard in shards]
-    return np.concatenate([vectors.take(np.arange(min(each, len(vectors)))) for vectors in stored])[:count]
 
 
 def _asked(index: OpenIndex, queries: dict[str, float]) -> dict[str, float]:

@@ -39,7 +39,7 @@ from penstock.operators.agreement import Agreement, compare_precisions
 from penstock.operators.deadletters import DeadLetter, dead_letter_table, reasons
 from penstock.operators.deduplication import bucket_of, hash_prefix
 from penstock.operators.encoder_process import IsolatedEncoder, ProcessOptions, call_in_process
-from penstock.operators.encoding import Effort, Encoded, Encoder, Precision, unit_length, vector_faults
+from penstock.operators.encoding import Effort, Encoded, Encoder, Precision, padded_lengths, unit_length, vector_faults
 from penstock.operators.identity import TEXT_HASH_TYPE
 from penstock.operators.late_chunking import Windows, windows_of, windows_table
 from penstock.operators.tokenizing import TOKENIZER_ERROR, Fault, Tokenized
@@ -339,7 +339,7 @@ class EncodeFragments:
             told = self._untold
             told.rows[output] = told.rows.get(output, 0) + int(passages[rows].sum())
             told.tokens += int(tokens.sum())
-            told.padded_tokens += int(tokens.max(initial=0)) * len(rows)
+            told.padded_tokens += int(self._padded(tokens).max(initial=0)) * len(rows)
             told.busy_s += seconds
             told.flops += self._flops(tokens)
             if time.monotonic() - self._told_s >= LIVE_INTERVAL_S:
@@ -347,6 +347,11 @@ class EncodeFragments:
                 self._untold, self._told_s = Live(), time.monotonic()
 
         return encode_passages(self._job, self._worker, table, tell)
+
+    def _padded(self, tokens: np.ndarray) -> np.ndarray:
+        """The lengths that the rows of a batch are padded to, each for itself."""
+        evenly = self._worker.figures["pads_evenly"]
+        return padded_lengths(tokens, self._job.encoder.max_tokens) if evenly else tokens
 
     def _flops(self, tokens: np.ndarray) -> float:
         figures, lengths = self._worker.figures, tokens.astype(np.float64)

@@ -21,6 +21,7 @@ from penstock.operators.backfill_order import Priorities, first_wanted, of_hubs
 from penstock.operators.identity import row_hashes
 
 PLACE = ["passage_id", "source", "position"]
+MOST_VISITS = 1e15  # of a row; sums over all rows of a corpus stay finite
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,10 @@ def _of(names: pa.Array, values: Mapping[str, float], missing: float = 0.0) -> n
 
 
 def _traffic(column: pa.ChunkedArray, name: str) -> np.ndarray:
-    """float64 (rows,); rows without a value, and negative ones, count as 0."""
+    """float64 (rows,); rows without a value, and negative ones, count as 0, infinite ones as MOST_VISITS."""
     if not pa.types.is_integer(column.type) and not pa.types.is_floating(column.type):
         raise ValueError(f"upgrade.traffic ({name}) must be a column of numbers, got {column.type}; name another")
-    visits: np.ndarray = np.maximum(np.nan_to_num(pc.fill_null(column, 0).to_numpy().astype(np.float64)), 0)
+    visits: np.ndarray = np.nan_to_num(pc.fill_null(column, 0).to_numpy().astype(np.float64)).clip(0, MOST_VISITS)
     return visits
 
 

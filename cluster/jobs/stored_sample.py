@@ -1,14 +1,17 @@
-"""A published version → a seeded sample of its vectors: those stored for re-ranking, or those it was built from."""
+"""A published version → a seeded sample of its texts, or of its vectors: those stored for re-ranking, or those it was
+built from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from penstock.cluster.jobs.sampling import oversampled_share, sample_vectors
 from penstock.cluster.jobs.shards import ShardRecord
 from penstock.cluster.layout import EMBEDDINGS, fragment_path
 from penstock.cluster.node import connect
-from penstock.cluster.published import open_stored
+from penstock.cluster.published import open_ids, open_rows, open_stored
 from penstock.operators.identity import row_hashes
 from penstock.operators.indexing import Metric
 from penstock.operators.sharding import hash_range, sample_order
@@ -17,7 +20,7 @@ from penstock.operators.space_report import SpaceReport, space_report
 
 @dataclass(frozen=True)
 class StoredSampleTask:
-    """About `wanted` of a version's `rows`: those of one shard, whose vectors are stored."""
+    """About `wanted` of a version's `rows`: those of one shard; its vectors are stored, where these are sampled."""
 
     root: str
     shard: ShardRecord
@@ -58,13 +61,34 @@ class ReportTask:
 def sample_stored(task: StoredSampleTask) -> StoredSample:
     """The shard's rows in the seed's range of hashes. Fetches its ids and vectors; hashes every id."""
     ids, vectors = open_stored(connect(task.root), task.shard)
+    hashes, rows = _in_range(ids, task)
+    return StoredSample(hashes, vectors.take(rows))
+
+
+def sample_texts(tasks: Sequence[StoredSampleTask]) -> list[str]:
+    """Texts of the rows that are the sample of all shards of a version, in the order of hashes. Fetches ids and rows;
+    hashes every id.
+
+    A shard's first rows are no sample: rows lie fragment after fragment, which are cut from files in turn.
+    """
+    hashes, texts = [], []
+    for task in tasks:
+        store = connect(task.root)
+        found, rows = _in_range(open_ids(store, task.shard).column("id"), task)
+        hashes.append(found)
+        texts += open_rows(store, task.shard).column("text").take(pa.array(rows)).to_pylist()
+    order = sample_order(np.concatenate(hashes), tasks[0].seed)
+    return [texts[row] for row in order[: tasks[0].wanted].tolist()]
+
+
+def _in_range(ids: pa.ChunkedArray, task: StoredSampleTask) -> tuple[np.ndarray, np.ndarray]:
+    """The hashes uint64 (n,), and the numbers int64 (n,), of the rows in the seed's range."""
     hashes = row_hashes(ids.to_pylist())
-    share = oversampled_share(task.wanted, task.rows)
     inside = np.zeros(len(hashes), dtype=bool)
-    for first, last in hash_range(share, task.seed):
+    for first, last in hash_range(oversampled_share(task.wanted, task.rows), task.seed):
         inside |= (hashes >= np.uint64(first)) & (hashes <= np.uint64(last))
     rows = np.flatnonzero(inside)
-    return StoredSample(hashes[rows], vectors.take(rows))
+    return hashes[rows], rows
 
 
 def merge_stored(parts: list[StoredSample], wanted: int, seed: int) -> np.ndarray:

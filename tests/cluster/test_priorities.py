@@ -66,6 +66,12 @@ def test_documents_with_traffic_make_a_slice_and_what_is_no_count_is_none(store:
     assert rest == UnitPriority("one", 1, 0.0, 0.0, None) and last == UnitPriority("two", 2, 0.0, 0.0, None)
 
 
+def test_endless_traffic_is_much_traffic(store: Store) -> None:
+    passages(store, "two", ["c", "d", "e"], [np.inf, np.inf, -np.inf])
+    found = priorities(store, traffic="visits")
+    assert [(one.fragment, one.traffic) for one in found[-2:]] == [("two", 1e15), ("two", 1e15)]
+
+
 def test_documents_that_are_asked_for_count_for_each_passage(store: Store) -> None:
     found = priorities(store, asked={"a": 2.0, "d": 7.0}, found={"b": 20.0, "e": 19.0, "missing": 99.0})
     assert [(one.fragment, one.rows, one.traffic, one.occurrences) for one in found] == [

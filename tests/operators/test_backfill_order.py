@@ -26,18 +26,16 @@ def _hashes(seed: int, rows: int = ROWS) -> np.ndarray:
 
 @settings(max_examples=50)
 @given(st.integers(0, 10**6))
-def test_traffic_then_hubs_then_residuals_then_hashes(seed: int) -> None:
+def test_traffic_then_hubs_then_hashes(seed: int) -> None:
     generator = np.random.default_rng(seed)
     traffic, occurrences = generator.integers(0, 3, ROWS), generator.integers(0, 40, ROWS)
-    residuals = np.where(generator.random(ROWS) < 0.5, generator.integers(0, 3, ROWS), np.nan)
     hashes = _hashes(seed)
 
     def place(row: int) -> tuple[float, ...]:
         hub = occurrences[row] if occurrences[row] >= 20 else 0
-        missing = np.isnan(residuals[row])
-        return -traffic[row], -hub, missing, 0 if missing else -residuals[row], float(hashes[row])
+        return -traffic[row], -hub, float(hashes[row])
 
-    order = backfill_order(Priorities(hashes, traffic, occurrences, residuals))
+    order = backfill_order(Priorities(hashes, traffic, occurrences))
     assert order.tolist() == sorted(range(ROWS), key=place)
 
 
@@ -124,7 +122,7 @@ def test_only_a_fall_beyond_doubt_stops_the_backfill() -> None:
     [
         (lambda: Priorities(_hashes(1), np.ones(3)), r"traffic \(shape \(3,\)\) must have a value for each of the 60"),
         (lambda: Priorities(_hashes(1), np.full(60, -1)), r"traffic of row 0 \(-1\) must be finite and not negative"),
-        (lambda: Priorities(_hashes(1), residuals=np.ones(3)), r"residuals \(shape \(3,\)\)"),
+        (lambda: Priorities(_hashes(1), occurrences=np.ones(3)), r"occurrences \(shape \(3,\)\)"),
         (lambda: fragment_order(np.array([2, 0])), r"rows of fragment 1 \(0\) must be at least 1"),
         (lambda: fragment_order(np.array([2, 1]), np.ones(3)), r"traffic \(3\) must have a figure for each of the 2"),
         (lambda: adapter_residuals(np.ones((2, 3)), np.ones((2, 4))), r"adapted vectors \(shape \(2, 3\)\)"),

@@ -289,7 +289,15 @@ def test_a_folder_is_itself(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {resolve_model(reference) for reference in (str(tiny), "tiny", "./tiny", "~/tiny")} == {tiny.resolve()}
 
 
-def test_a_hub_id_without_network_gives_the_ways_to_supply_a_model(tmp_path: Path) -> None:
+def test_a_snapshot_of_the_hubs_cache_has_its_commit(tiny: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    places = {f"models--one--two/snapshots/{commit}": commit, f"snapshots/{commit[:-1]}": None, commit: None}
+    for place, revision in places.items():
+        shutil.copytree(tiny, tmp_path / place)
+        assert read_model_card("one/two", tmp_path / place).revision == revision
+
+
+def test_a_hub_id_without_network_is_a_cached_commit_or_gives_the_ways_to_supply_a_model(tmp_path: Path) -> None:
     """In a process of its own: the Hub's client reads the environment when it is imported."""
     program = """
 import re, sys
@@ -302,7 +310,13 @@ for reference in ("someone/some-model", "someone/some-model@main", "no//such///n
         assert re.search(sys.argv[1], str(error)), error
     else:
         raise SystemExit(f"{reference} was found")
+for reference in ("someone/cached", "someone/cached@main"):
+    assert resolve_model(reference).name == "1" * 40, resolve_model(reference)
 """
+    cached = tmp_path / "hub/models--someone--cached"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("1" * 40)
+    (cached / "snapshots" / ("1" * 40)).mkdir(parents=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program, WAYS], env=environment, capture_output=True, text=True, timeout=120

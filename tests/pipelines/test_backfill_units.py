@@ -3,11 +3,16 @@
 import json
 from itertools import combinations
 
+import numpy as np
+import pytest
+from scipy.stats import poisson
+
 from penstock.cluster.jobs.canary_sample import SampleFragment
 from penstock.cluster.jobs.priorities import UnitPriority
+from penstock.operators.backfill_order import of_hubs
 from penstock.pipelines.backfill_units import BackfillUnit, OrderedBy, embedded_first, fragments_of, in_order
 from penstock.pipelines.planning import FragmentFacts
-from penstock.pipelines.wanted import hub_occurrences
+from penstock.pipelines.wanted import HUB_CHANCE, HUB_QUERIES, hub_occurrences
 
 ROWS = {"a": 10, "b": 10, "c": 10, "d": 10}
 SLICES = {"a": 2, "b": 3}
@@ -60,7 +65,23 @@ def test_any_first_units_hold_each_passage_once() -> None:
     assert sorted(fragments_of(units())) == sorted(ROWS)
 
 
-def test_hubs_of_a_sample_count_for_all_rows() -> None:
+def test_occurrences_in_a_sample_count_for_all_rows_by_their_lower_bound() -> None:
     found = {"once": 1.0, "often": 7.0}
-    assert hub_occurrences(found, 500) == {"often": 7.0}
-    assert hub_occurrences(found, 40_000) == {"often": 280.0}
+    assert hub_occurrences(found, HUB_QUERIES) == found and hub_occurrences({}, 40_000) == {}
+    bounds = hub_occurrences(found, 40 * HUB_QUERIES)
+    for name, count in found.items():
+        assert poisson.sf(count - 1, bounds[name] / 40) == pytest.approx(HUB_CHANCE)
+
+
+@pytest.mark.parametrize(("rows", "told"), [(1_500, 0.99), (10_000, 0.99), (40_000, 0.6), (400_000, 0.01)])
+def test_chance_alone_makes_no_hubs_and_hubs_are_found(rows: int, told: float) -> None:
+    """Each row among the ten nearest of ten others on average, as rows without hubs are, and one in 40 of 200."""
+    generator, sampled = np.random.default_rng(rows), HUB_QUERIES / rows
+    truth = np.where(np.arange(4_000) % 40 == 0, 200.0, 10.0)
+    counts = generator.poisson(truth * sampled)
+    found = {str(row): float(count) for row, count in enumerate(counts) if count}
+    bounds = hub_occurrences(found, rows)
+    least = np.array([bounds.get(str(row), 0.0) for row in range(len(truth))])
+    hubs = of_hubs(least, np.ones(len(truth))) > 0
+    assert hubs[truth == 10].mean() <= HUB_CHANCE
+    assert hubs[truth == 200].mean() > told

@@ -379,13 +379,15 @@ def test_the_command_prints_verdicts(made: Workspace, rotated: Path, bridges: di
     told = CliRunner().invoke(app, ["bridge", str(file), "--model", str(rotated), "--page", str(page), *sample])
     assert told.exit_code == 0, told.output
     assert "new queries, old index as it is" in told.output and "chosen" in told.output
+    assert "find each other among all" in " ".join(told.output.split())
     shown = told.output.partition("new queries to the old index: ")[2]
     assert (
         shown.startswith("passes, recovers") and bridge_paths(bridges["fingerprint"], next(iter(Direction)))[0] in shown
     )
     assert page.read_text().startswith("<!doctype html>")
     again = CliRunner().invoke(app, ["bridge", str(file), "--model", str(rotated), *sample, "--json"])
-    assert json.loads(again.stdout.splitlines()[-1])["bridges"] == bridges
+    record = json.loads(again.stdout.splitlines()[-1])
+    assert record["bridges"] == bridges and record["likeness"]["mean_cosine"] > 0.99
     same = CliRunner().invoke(app, ["bridge", str(file), "--model", MODEL])
     assert isinstance(same.exception, ValueError) and "name another" in str(same.exception)
 

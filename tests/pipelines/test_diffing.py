@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from penstock.cluster.catalog import Catalog
+from penstock.cluster.storage import open_store
+from penstock.pipelines.version_samples import sampled_texts
+
 from .conftest import Document, Workspace, penstock
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -30,5 +34,8 @@ def test_two_versions_of_an_index(workspace: Workspace, documents: list[Document
     assert "1 added, 1 removed, 1 changed, 58 unchanged" in view.stdout and "new-1" in view.stdout
     same = penstock("diff", second.version, second.version, "--root", str(workspace.root), "--json")
     assert json.loads(same.stdout.splitlines()[-1])["neighbour_churn_at_10"] == 0
+    for count in (12, 100):
+        texts = sampled_texts(Catalog(open_store(str(workspace.root)), "test"), second.manifest, count)
+        assert len(texts) == len(set(texts)) == min(count, second.manifest["rows"])
     unknown = penstock("diff", first.version, "0" * 16, "--root", str(workspace.root))
     assert unknown.returncode == 2 and f"version ({'0' * 16}) must be one of index test" in unknown.stderr

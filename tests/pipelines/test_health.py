@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from penstock.pipelines.cli import EXIT_FAILED, EXIT_INVALID, app, main
 from penstock.pipelines.health import HealthCheck
 from penstock.pipelines.progress import SilentReporter
 from penstock.pipelines.publishing import shards_of
+from penstock.pipelines.reader import AliasUnknown
+from penstock.pipelines.version_samples import sampled_texts, sampled_vectors
 
 from .conftest import Workspace, published_vectors
 
@@ -63,6 +66,14 @@ def test_figures_are_those_of_the_stored_vectors(made: Workspace) -> None:
     for name in ("effective_rank", "isotropy", "mean_cosine", "mean_norm"):
         assert health[name] == pytest.approx(expected[name], abs=2e-3), name
     assert health["hubness"] == pytest.approx(expected["hubness"], abs=0.2)
+
+
+def test_any_version_is_looked_at(made: Workspace) -> None:
+    before = version(made, "live")
+    found = told("narrow", "--root", str(made.root), "--version", before, "--json")
+    assert found.exit_code == 0 and json.loads(found.stdout.splitlines()[-1])["version"] == before
+    unknown = told("narrow", "--root", str(made.root), "--version", "0" * 16)
+    assert isinstance(unknown.exception, AliasUnknown) and f"version ({'0' * 16}) must be" in str(unknown.exception)
 
 
 def test_drift_is_an_alarm(made: Workspace, tmp_path: Path) -> None:
@@ -131,6 +142,25 @@ def test_samples_are_bounded_and_nested(made: Workspace) -> None:
     assert sample(20, 7).shape == (20, 32)
     assert np.array_equal(sample(20, 7), sample(40, 7)[:20])
     assert not np.array_equal(sample(20, 7), sample(20, 8))
+
+
+def test_samples_hold_texts_and_vectors_of_all_files_in_proportion(made: Workspace, real_texts: list[str]) -> None:
+    """Rows of a shard lie file after file: its first ones are of one topic where each file has its own."""
+    workspace = Workspace(made.folder / "topics", dict(SMALL))
+    for file in range(3):
+        texts = [f"Topic {file}: {text}" for text in real_texts[file * 30 : file * 30 + 30]]
+        documents = [{"id": f"{file}-{row}", "text": text, "topic": "t"} for row, text in enumerate(texts)]
+        workspace.write(f"{file}.jsonl", documents)
+    assert workspace.pipeline().run() is not None
+    catalog = Catalog(open_store(str(workspace.root)), "test")
+    manifest = catalog.manifest(version(workspace, "live"))
+    texts = sampled_texts(catalog, manifest, 30)
+    assert len(texts) == 30 and min(Counter(text[:7] for text in texts).values()) >= 4
+    vectors, names = sampled_vectors(catalog, manifest, 30), published_vectors(workspace.root)
+    ids, known = list(names), np.array(list(names.values()), np.float32)
+    nearest = [ids[row] for row in (vectors @ known.T).argmax(axis=1).tolist()]
+    assert Counter(name[0] for name in nearest) == Counter(text[6] for text in texts)
+    assert len(sampled_vectors(catalog, manifest, 500)) == len(sampled_texts(catalog, manifest, 500)) == 90
 
 
 def test_a_sample_of_a_large_version_is_taken_by_workers(made: Workspace, ray_session: Session) -> None:

@@ -473,6 +473,31 @@ def test_without_a_readable_adapter_of_queries_texts_are_encoded_by_both_models(
         index.search(asked)
 
 
+def test_a_reader_stays_where_a_version_has_no_way_for_its_queries(
+    ray_session: Session, upgrade: Upgrade, asked: list[str], bridge: str
+) -> None:
+    """By vectors there is none without the adapter of queries; by texts none without the old model, too."""
+    good, torn = (mix(ray_session, upgrade, new, bridge, BRIDGE)["version"] for new in (None, upgrade.part))
+    (upgrade.root / "indexes/test/versions" / torn / "queries_to_old.safetensors").write_bytes(b"torn")
+    upgrade.point_to(good)
+    with open_index(str(upgrade.root), "live") as texts, open_index(str(upgrade.root), "live") as vectors:
+        queries = vectors.encode(asked)
+        before = texts.search(asked, 6), vectors.search(queries, 6)
+        upgrade.point_to(torn)
+        with pytest.raises(DamagedFile, match=r"queries given as vectors of .* adapter queries_to_old cannot be read"):
+            vectors.refresh()
+        assert vectors.version == good and same(vectors.search(queries, 6), before[1])
+        change_model(upgrade, upgrade.old, reference=str(upgrade.root / "gone"))
+        assert texts.refresh() and texts.search(asked, 6).version == torn
+        upgrade.point_to(good)
+        with open_index(str(upgrade.root), "live") as none:
+            none.search(asked)
+            upgrade.point_to(torn)
+            with pytest.raises(DamagedFile, match="cannot be asked with texts: "):
+                none.refresh()
+            assert same(none.search(asked, 6), before[0]) and none.version == good
+
+
 def test_parts_of_one_space_are_merged_as_they_are(ray_session: Session, upgrade: Upgrade, asked: list[str]) -> None:
     manifest = publish_mixed(ray_session, upgrade.catalog, "run", upgrade.new, upgrade.part, None, BRIDGE)
     with upgrade.opened(manifest["version"]) as mixed, upgrade.opened(upgrade.new) as plain:
