@@ -1,6 +1,6 @@
 """What a backfill embeds at once, in order: slices of fragments with their most wanted documents, and fragments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -9,10 +9,12 @@ import numpy as np
 
 from penstock.cluster.jobs.priorities import PriorityJob, PriorityTask, UnitPriority, fragment_priorities
 from penstock.cluster.session import Session
+from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import fragment_order
 from penstock.pipelines.canary_sample import sample_facts
-from penstock.pipelines.planning import FragmentFacts
+from penstock.pipelines.planning import FragmentFacts, Resolved, embedded_of
 from penstock.pipelines.progress import Reporter
+from penstock.pipelines.records import read_json
 
 FRAGMENTS_PER_TASK = 64
 
@@ -101,6 +103,32 @@ def in_order(priorities: Sequence[UnitPriority], facts: Mapping[str, FragmentFac
         np.array([np.nan if one.residual is None else one.residual for one in priorities]),
     )
     return [_unit(priorities[place], facts) for place in order.tolist()]
+
+
+def order_path(folder: str) -> str:
+    """Where the units of an upgrade are recorded."""
+    return f"{folder}/order.json"
+
+
+def recorded_slices(store: Store, folder: str, facts: Sequence[FragmentFacts]) -> list[BackfillUnit]:
+    """The slices of some fragments in the order that was recorded last; none before it is found."""
+    names = {fact.passages for fact in facts}
+    units = map(BackfillUnit.from_json, (read_json(store, order_path(folder)) or {}).get("units", ()))
+    return [unit for unit in units if unit.is_slice and unit.of in names]
+
+
+def finished_of(
+    new: Resolved, facts: Sequence[FragmentFacts], slices: Sequence[BackfillUnit], done: Collection[str]
+) -> list[FragmentFacts]:
+    """The fragments whose vectors are there, and of the others the slices whose vectors are: each passage once.
+
+    Args:
+        slices: of these fragments. done: the embeddings fragments that are there.
+    """
+    embedded = embedded_of(new, [*facts, *(one.facts for one in slices)])
+    there = {passages for passages, made in embedded.embeddings.items() if made in done}
+    again = {one.facts.passages for one in slices if one.of in there}
+    return [fact for fact in embedded.facts if fact.passages in there - again]
 
 
 def embedded_first(units: Sequence[BackfillUnit], done: frozenset[str]) -> list[BackfillUnit]:

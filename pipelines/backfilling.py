@@ -1,20 +1,19 @@
 """Embed a corpus again, the most wanted first, and publish and measure on the way what is there so far."""
 
-import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from penstock.cluster.catalog import Catalog, Reason
 from penstock.cluster.jobs.priorities import PriorityJob
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES
-from penstock.cluster.leases import Lease, acquire, lease_holder
+from penstock.cluster.leases import Lease, acquire
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import has_fallen
@@ -22,16 +21,15 @@ from penstock.operators.chunking import PassageType
 from penstock.operators.identity import fingerprint, fingerprint_set
 from penstock.operators.indexing import Codec, Family
 from penstock.operators.mixed_spaces import QueryMode
-from penstock.pipelines.backfill_units import BackfillUnit, embedded_first, find_units, fragments_of
+from penstock.pipelines.backfill_units import BackfillUnit, embedded_first, find_units, fragments_of, order_path
 from penstock.pipelines.config import Index, Upgrade
 from penstock.pipelines.gate import failed
 from penstock.pipelines.history import Status, new_run_id
-from penstock.pipelines.loading import Origin
+from penstock.pipelines.loading import Origin, PipelineFileInvalid
 from penstock.pipelines.measuring_answers import measure_answers
 from penstock.pipelines.mixed import publish_mixed
 from penstock.pipelines.planning import (
     FragmentFacts,
-    Plan,
     Resolved,
     content_of,
     embedded_of,
@@ -41,12 +39,15 @@ from penstock.pipelines.planning import (
 from penstock.pipelines.progress import Reporter
 from penstock.pipelines.publishing import model_of
 from penstock.pipelines.records import read_json, write_json
-from penstock.pipelines.running import Part, embed_part, execute
+from penstock.pipelines.running import Part, Report, execute
+from penstock.pipelines.upgrade_record import note
+from penstock.pipelines.waiting import when_free
 from penstock.pipelines.wanted import WantedTask, hub_occurrences, wanted_documents
-from penstock.pipelines.window import DailyWindow
+from penstock.pipelines.window_embedding import WindowEmbedding, part_plan
 
 UNITS_VERSION = 1  # of the rules by which fragments are sliced and ordered
-LEASE_PAUSE_S = 5.0
+
+T = TypeVar("T")
 
 
 class BackfillStopped(Exception):
@@ -114,8 +115,7 @@ class Backfill:
             PublishConflict: somebody else moved the alias.
         """
         self.start()
-        done = self.recorded()[-1]["share"]
-        parts = [part for part in self.parts() if self._share(part) > done]
+        parts = self.left()
         with self.reporter.stage("backfill", len(parts), "steps") as advance:
             for part in parts:
                 record = self._step(part)
@@ -130,10 +130,16 @@ class Backfill:
             return self._step([])
         last = records[-1]
         if not self.catalog.has_manifest(last["version"]):
-            grown = [part for part in self.parts() if self._share(part) >= last["share"]]
+            grown = [part for part in self.parts() if self._rows(part) >= last["rows"]]
             return self._step(grown[0] if grown else self.parts()[-1])
         self.head.move(last["version"], new_run_id(f"{self.new.pipeline.name}-backfill"), Reason.BACKFILL)
         return last
+
+    def left(self) -> list[list[str]]:
+        """The parts of the steps that are missing: larger than that of the last step, whose share was one of the corpus
+        as it was then."""
+        done = self.recorded()[-1]["rows"]
+        return [part for part in self.parts() if self._rows(part) > done]
 
     def recorded(self) -> list[dict[str, Any]]:
         """The records of the steps that were published, in their order."""
@@ -141,9 +147,10 @@ class Backfill:
         found = [read_json(self.store, f"{self.folder}/steps/{name}") for name in names]
         return [record for record in found if record is not None]
 
-    def embed_all(self) -> int:
-        """The vectors that are missing of the whole corpus, while the window is open; how many were encoded."""
-        return self._embed([fact.passages for fact in self.facts if fact.kept])
+    @property
+    def embedding(self) -> WindowEmbedding:
+        window = self.settings.window
+        return WindowEmbedding(self.session, self.store, self.reporter, self.origin, self.folder, window)
 
     def parts(self) -> list[list[str]]:
         """The passages fragments of each step, which holds those of the steps before it: none in the first, and in the
@@ -162,7 +169,7 @@ class Backfill:
     @cached_property
     def units(self) -> list[BackfillUnit]:
         """Fragments and slices in the order of what is wanted, found once for a corpus."""
-        path = f"{self.folder}/order.json"
+        path = order_path(self.folder)
         settings = self.settings
         log = None if settings.log is None else content_of(settings.log)
         asked = fingerprint(
@@ -174,10 +181,17 @@ class Backfill:
         )
         record = read_json(self.store, path)
         if record is not None and record["asked"] == asked:
-            return [BackfillUnit.from_json(one) for one in record["units"]]
+            units = [BackfillUnit.from_json(one) for one in record["units"]]
+            if self._are_there(units):
+                return units
         units = find_units(self.session, self.reporter, self._priorities(), self.facts)
         write_json(self.store, path, {"asked": asked, "units": [unit.to_json() for unit in units]})
         return units
+
+    def _are_there(self, units: Sequence[BackfillUnit]) -> bool:
+        """Whether clean-up left all slices."""
+        passages = finished_fragments(self.store, PASSAGES, self.new.stage_fingerprint(PASSAGES))
+        return all(unit.facts.passages in passages for unit in units)
 
     def _priorities(self) -> PriorityJob:
         asked, found = self._wanted()
@@ -233,6 +247,7 @@ class Backfill:
                 refuse_fall(self.least(), record, self.settings)
             lease.check()
             write_json(self.store, f"{self.folder}/steps/{number:03d}.json", record)
+            note(self.store, self.folder, {})
             self.head.move(manifest["version"], run_id, Reason.BACKFILL)
         return record
 
@@ -266,9 +281,12 @@ class Backfill:
     @contextmanager
     def lease(self, run_id: str) -> Iterator[Lease]:
         """The index's lease, as soon as it is free: a scheduled run does not end a backfill of days."""
-        self._wait_for_others()
-        with acquire(self.store, self.new.pipeline.name, run_id) as lease:
+        with self.when_free(partial(acquire, self.store, self.new.pipeline.name, run_id)) as lease:
             yield lease
+
+    def when_free(self, call: Callable[[], T]) -> T:
+        """What a call returns that takes the index's lease."""
+        return when_free(self.store, self.new.pipeline.name, self.reporter, call)
 
     def _rows(self, fragments: Sequence[str] | None) -> int:
         wanted = None if fragments is None else set(fragments)
@@ -280,43 +298,20 @@ class Backfill:
 
     def _embed(self, fragments: list[str]) -> int:
         """The vectors of fragments that are missing, while the window is open; how many passages were encoded."""
-        window = None if self.settings.window is None else DailyWindow.parse(self.settings.window)
-        encoded = 0
-        while todo := self._not_embedded(fragments):
-            self._wait(window)
-            self._wait_for_others()
-            part = Part(frozenset(todo), self.folder, self._slices)
-            work = embed_part(
-                self._plan(self.new), self.origin, self.store, self.session, self.reporter, part, _closing(window)
-            )
-            encoded += work.encoded
-        return encoded
-
-    def _not_embedded(self, fragments: list[str]) -> list[str]:
-        embedded = embedded_of(self.new, self._known_facts)
-        done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
-        return [name for name in fragments if embedded.embeddings[name] not in done]
-
-    def _wait(self, window: DailyWindow | None) -> None:
-        while window is not None and (pause_s := window.seconds_until_open(datetime.now())):
-            self.reporter.note(f"waiting for the window {self.settings.window}: {pause_s / 3600:.1f} hours")
-            time.sleep(min(pause_s, 3600.0))
-
-    def _wait_for_others(self) -> None:
-        """Wait until no run of this index is under way."""
-        name, told = self.new.pipeline.name, False
-        while (holder := lease_holder(self.store, name)) is not None:
-            if not told:
-                self.reporter.note(f"waiting for {holder} of index {name} to end")
-            told = True
-            time.sleep(LEASE_PAUSE_S)
+        wanted = set(fragments)
+        taken = [fact for fact in self._known_facts if fact.passages in wanted]
+        return self.embedding.embed(self.new, taken, self._slices)
 
     def _build(self, fragments: list[str]) -> str:
         """A version of these fragments alone, which no alias points to."""
         resolved = part_of(self.new, self.old_index, self._rows(fragments))
         part = Part(frozenset(fragments), self.folder, self._slices)
-        self._wait_for_others()
-        report = execute(self._plan(resolved), self.origin, self.store, self.session, self.reporter, part)
+        try:
+            report = self._executed(resolved, part)
+        except PipelineFileInvalid:
+            if self.new.pipeline.deduplicate.type != "semantic":
+                raise
+            report = self._executed(exhaustive_part(self.new), part)  # too few are left without duplicates to train
         if report.status is Status.GATE_FAILED:
             missed = "; ".join(f"{one.name} {one.measured:.4f} against {one.bound:g}" for one in failed(report.checks))
             raise BackfillStopped(
@@ -325,18 +320,14 @@ class Backfill:
             )
         return report.version
 
-    def _plan(self, resolved: Resolved) -> Plan:
-        return Plan(resolved, (), None, published=False, alias_moves=False, alias_head=0)
+    def _executed(self, resolved: Resolved, part: Part) -> Report:
+        plan = part_plan(resolved)
+        return self.when_free(partial(execute, plan, self.origin, self.store, self.session, self.reporter, part))
 
     def _publish(self, run_id: str, part: str | None) -> dict[str, Any]:
         """The mixed version of the old one and a part; while nothing is embedded, it says the new model itself."""
         model = model_of(self.new) if part is None else None
         return publish_mixed(self.session, self.catalog, run_id, self.old, part, self.bridge, self.queries, model)
-
-
-def _closing(window: DailyWindow | None) -> float:
-    """When a window that is open now closes, in seconds since the epoch."""
-    return math.inf if window is None else time.time() + window.seconds_until_closed(datetime.now())
 
 
 def refuse_fall(before: dict[str, Any], record: dict[str, Any], settings: Upgrade) -> None:
@@ -362,26 +353,31 @@ def quality_text(record: dict[str, Any]) -> str:
 
 
 def part_of(new: Resolved, old_index: Index, rows: int) -> Resolved:
-    """The new pipeline for a part of so many rows: without an alias and judgements (which are of the whole corpus), and
-    with an index that so few rows can train: that of the file, of the old version where the file says auto, else an
-    exhaustive one."""
+    """The new pipeline for a part of so many rows, with an index that so few can train: that of the file, of the old
+    version where the file says auto, else an exhaustive one."""
+    found = _with_index(new, new.pipeline.index if new.index_chosen else old_index)
+    return found if found.index_chosen and _fits(found, rows) else exhaustive_part(new)
+
+
+def exhaustive_part(new: Resolved) -> Resolved:
+    """The new pipeline for a part of any size: its index is not trained."""
+    index = new.pipeline.index
+    flat = Index(family=Family.FLAT, codec=Codec.NONE, metric=index.metric, shards=index.shards, recall=index.recall)
+    return _with_index(new, flat)
+
+
+def _with_index(new: Resolved, index: Index) -> Resolved:
+    """For a part: without an alias and judgements, and without bounds of what may be lost, as all of these are of the
+    whole corpus. Faulty documents may all lie in the first part."""
     pipeline = new.pipeline
-    gate = pipeline.gate and pipeline.gate.model_copy(update={"ndcg": None, "mrr": None})
-    evaluate = pipeline.evaluate.model_copy(update={"relevance": None})
-    publish = pipeline.publish.model_copy(update={"alias": None})
-    changed = {"gate": gate, "evaluate": evaluate, "publish": publish}
-    exhaustive = Index(
-        family=Family.FLAT,
-        codec=Codec.NONE,
-        metric=pipeline.index.metric,
-        shards=pipeline.index.shards,
-        recall=pipeline.index.recall,
-    )
-    for index in (pipeline.index if new.index_chosen else old_index, exhaustive):
-        found = replace(new, pipeline=pipeline.model_copy(update=changed | {"index": index}))
-        if found.index_chosen and _fits(found, rows):
-            return found
-    return found
+    of_whole = {"ndcg": None, "mrr": None, "max_dropped_fraction": 1.0, "max_lost_files": sys.maxsize}
+    changed = {
+        "gate": pipeline.gate and pipeline.gate.model_copy(update=of_whole),
+        "evaluate": pipeline.evaluate.model_copy(update={"relevance": None}),
+        "publish": pipeline.publish.model_copy(update={"alias": None}),
+        "index": index,
+    }
+    return replace(new, pipeline=pipeline.model_copy(update=changed))
 
 
 def _fits(resolved: Resolved, rows: int) -> bool:

@@ -18,12 +18,14 @@ from penstock.pipelines.history import new_run_id, read_run, run_ids
 from penstock.pipelines.mixed_format import MixedParts, is_mixed, parts_of
 from penstock.pipelines.planning import ENCODED
 from penstock.pipelines.publishing import LINEAGE
-from penstock.pipelines.records import read_json
-from penstock.pipelines.upgrading import UPGRADES
+from penstock.pipelines.upgrade_record import stages_in_use
+from penstock.pipelines.waiting import upgrade_lease
 
 DEFAULT_GRACE_HOURS = 24.0
 KEPT_RUNS = 20
-UNFINISHED_UPGRADE_DAYS = 60  # after its last step: longer than any backfill pauses, shorter than storage is forgotten
+UNFINISHED_UPGRADE_DAYS = (
+    60  # after it was last worked on: longer than any backfill pauses, shorter than storage is forgotten
+)
 
 
 class GraceTooShort(Exception):
@@ -57,7 +59,8 @@ def collect_garbage(store: Store, keep: int | None, grace_hours: float, dry_run:
         raise GraceTooShort(
             f"grace ({grace_hours} hours) must be above 0: readers may still open what an alias just left"
         )
-    indexes = sorted(store.folders("indexes") | store.folders("leases"))
+    names = store.folders("indexes") | store.folders("leases")
+    indexes = sorted(names - {upgrade_lease(name) for name in names})
     with ExitStack() as stack:
         if not dry_run:
             for index in indexes:
@@ -86,19 +89,22 @@ def _is_aliased(store: Store, removal: Removal) -> bool:
 
 def _removals(store: Store, indexes: list[str], keep: int | None, limit: datetime) -> Iterator[Removal]:
     needed: dict[tuple[str, str], set[str]] = {}
+    made_by: set[str] = set()
+    upgraded_since = store.clock() - timedelta(days=UNFINISHED_UPGRADE_DAYS)
     for index in indexes:
         catalog = Catalog(store, index)
         kept = _kept_versions(store, catalog, index, keep)
         for version in kept:
             _add_lineage(store, catalog, version, needed)
-        _add_upgrades(store, index, needed)
+            made_by.add(str(catalog.manifest(version)["run_id"]))
+        needed |= {stage: {"*"} for stage in stages_in_use(store, index, upgraded_since)}
         # Mixed ones first: cut short, clean-up leaves none whose parts are gone.
         for version in sorted(store.folders(f"indexes/{index}/versions") - kept, key=partial(_mixed_first, catalog)):
             objects = list(store.list(catalog.version_folder(version)))
             if objects and max(info.modified for info in objects) < limit:
                 yield replace(_removal(f"version {index}/{version}", objects), version=(index, version))
     yield from _stage_removals(store, needed, limit)
-    yield from _run_removals(store, limit)
+    yield from _run_removals(store, made_by, limit)
 
 
 def _kept_versions(store: Store, catalog: Catalog, index: str, keep: int | None) -> set[str]:
@@ -160,18 +166,6 @@ def _add_lineage(store: Store, catalog: Catalog, version: str, needed: dict[tupl
         needed[(stage, stages[stage])] = {"*"}
 
 
-def _add_upgrades(store: Store, index: str, needed: dict[tuple[str, str], set[str]]) -> None:
-    """The stages that unfinished upgrades of an index say they need, whose vectors no version names yet."""
-    limit = store.clock() - timedelta(days=UNFINISHED_UPGRADE_DAYS)
-    for name in store.folders(f"{UPGRADES}/{index}"):
-        folder = f"{UPGRADES}/{index}/{name}"
-        info = store.info(f"{folder}/upgrade.json")
-        if info is None or info.modified < limit or store.info(f"{folder}/flip.json") is not None:
-            continue
-        for stage, fingerprint in (read_json(store, info.path) or {}).get("keep", ()):
-            needed[(stage, fingerprint)] = {"*"}
-
-
 def _stage_removals(store: Store, needed: dict[tuple[str, str], set[str]], limit: datetime) -> Iterator[Removal]:
     for stage in sorted(store.folders("stages")):
         for fingerprint in sorted(store.folders(f"stages/{stage}")):
@@ -192,13 +186,14 @@ def _is_needed(path: str, wanted: set[str]) -> bool:
     return name in wanted or (name == "record" and bool(wanted))
 
 
-def _run_removals(store: Store, limit: datetime) -> Iterator[Removal]:
-    """Runs beyond the newest of each pipeline."""
+def _run_removals(store: Store, made_by: set[str], limit: datetime) -> Iterator[Removal]:
+    """Runs beyond the newest of each pipeline, but those that made kept versions: an upgrade reads there how the
+    version was made that it leads from."""
     names = {run.rsplit("-", 2)[0] for run in store.folders("runs")}
     for name in sorted(names):
         for run_id in run_ids(store, name)[:-KEPT_RUNS]:
             objects = list(store.list(f"runs/{run_id}"))
-            if objects and max(info.modified for info in objects) < limit:
+            if run_id not in made_by and objects and max(info.modified for info in objects) < limit:
                 yield _removal(f"run {run_id}", objects)
 
 

@@ -57,7 +57,7 @@ class Forecast:
 
 def forecast(
     facts: Sequence[FragmentFacts],
-    done: frozenset[str],
+    done: Sequence[FragmentFacts],
     pace: Pace,
     overlap: Overlap,
     prices: Prices,
@@ -67,17 +67,16 @@ def forecast(
     """The forecast for the fragments of a corpus.
 
     Args:
-        done: passages fragments whose vectors are there.
+        done: those whose vectors are there, and slices of others whose vectors are: each passage once.
         overlap: for the whole corpus.
         now: local time.
     """
-    kept = [fact for fact in facts if fact.kept]
-    todo = [fact for fact in kept if fact.passages not in done]
-    tokens = sum(fact.tokens for fact in todo)
+    rows, embedded = (sum(fact.kept for fact in some) for some in (facts, done))
+    tokens = sum(fact.tokens for fact in facts if fact.kept) - sum(fact.tokens for fact in done)
     stored = overlap.vectors + overlap.versions
     known = Forecast(
-        rows=sum(fact.kept for fact in kept),
-        rows_to_embed=sum(fact.kept for fact in todo),
+        rows=rows,
+        rows_to_embed=rows - embedded,
         tokens_to_embed=tokens,
         tokens_per_s_per_worker=pace.tokens_per_s,
         workers=pace.workers,

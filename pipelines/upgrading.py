@@ -4,24 +4,25 @@ What is done is recorded under `upgrades/INDEX/ID` and not done again. Passages,
 ordinary runs, so that the flip publishes what a fresh run with the new model would.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from penstock.cluster.catalog import Catalog, Reason
 from penstock.cluster.layout import EMBEDDINGS, PASSAGES
-from penstock.cluster.leases import acquire
+from penstock.cluster.leases import LeaseHeld, acquire
 from penstock.cluster.session import Session
 from penstock.cluster.storage import Store
 from penstock.operators.backfill_order import area_under_quality
 from penstock.operators.identity import fingerprint
 from penstock.operators.indexing import Metric
 from penstock.operators.mixed_spaces import QueryMode
+from penstock.pipelines.backfill_units import BackfillUnit, finished_of, recorded_slices
 from penstock.pipelines.backfilling import AliasHead, Backfill, BackfillStopped, refuse_fall
 from penstock.pipelines.bridges import answers_through_bridge, fit_bridges, sample_residuals
 from penstock.pipelines.canary import canary
@@ -39,7 +40,6 @@ from penstock.pipelines.planning import (
     Plan,
     Resolved,
     chosen_before,
-    embedded_of,
     finished_fragments,
     make_plan,
     resolve,
@@ -51,10 +51,13 @@ from penstock.pipelines.publishing import model_of
 from penstock.pipelines.records import read_json, write_json
 from penstock.pipelines.running import execute, prepare
 from penstock.pipelines.upgrade_plan import Overlap, Pace, forecast
+from penstock.pipelines.upgrade_record import UPGRADES, note
+from penstock.pipelines.waiting import upgrade_lease, when_free
 from penstock.pipelines.window import DailyWindow
 
-UPGRADES = "upgrades"
 ID_HEX_DIGITS = 16
+
+T = TypeVar("T")
 
 
 class UpgradeStep(StrEnum):
@@ -110,7 +113,13 @@ class Upgrading:
     @cached_property
     def prepared(self) -> tuple[Resolved, list[FragmentFacts]]:
         """The new pipeline with its precision decided, and its passages."""
-        return prepare(self.plan, self.origin, self.store, self.session, self.reporter)
+        return self._prepared(self.plan)
+
+    def _prepared(self, plan: Plan) -> tuple[Resolved, list[FragmentFacts]]:
+        return self._when_free(partial(prepare, plan, self.origin, self.store, self.session, self.reporter))
+
+    def _when_free(self, call: Callable[[], T]) -> T:
+        return when_free(self.store, self.catalog.index, self.reporter, call)
 
     @cached_property
     def folder(self) -> str:
@@ -125,11 +134,18 @@ class Upgrading:
         return f"{UPGRADES}/{new.pipeline.name}/{name[:ID_HEX_DIGITS]}"
 
     def run(self, until: UpgradeStep) -> dict[str, Any]:
-        """All steps up to one, each unless it was done before; what they found.
+        """All steps up to one, each unless it was done before; what they found. Runs of the index are waited for.
 
         Raises:
+            LeaseHeld: another upgrade of this index is under way.
             BackfillStopped, and what runs raise.
         """
+        index = self.catalog.index
+        self.store.probe()
+        with acquire(self.store, upgrade_lease(index), new_run_id(f"{index}-upgrade")):
+            return self._run(until)
+
+    def _run(self, until: UpgradeStep) -> dict[str, Any]:
         record: dict[str, Any] = {
             "upgrade": self.folder,
             "index": self.catalog.index,
@@ -138,7 +154,7 @@ class Upgrading:
         }
         resolved = self.prepared[0]
         kept = [[stage, resolved.stage_fingerprint(stage)] for stage in (PASSAGES, EMBEDDINGS)]
-        self._note(record | {"keep": kept})
+        note(self.store, self.folder, record | {"keep": kept})
         steps: dict[UpgradeStep, Callable[[], Any]] = {
             UpgradeStep.PLAN: self.forecast,
             UpgradeStep.CANARY: self.canary,
@@ -155,21 +171,25 @@ class Upgrading:
     def forecast(self) -> dict[str, Any]:
         """What is left to do, and what it takes: anew each time."""
         resolved, facts = self.prepared
-        pace = self._pace()
-        embedded = embedded_of(resolved, facts)
-        done = finished_fragments(self.store, EMBEDDINGS, embedded.embeddings_fingerprint)
-        names = frozenset(name for name, fragment in embedded.embeddings.items() if fragment in done)
-        settings, manifest = self.settings, self.base.manifest
-        stored = sum(file["size_bytes"] for shard in manifest["shards"] for file in shard["files"])
-        grown = resolved.encoder.dimension / manifest["dimension"]
-        overlap = Overlap.of(
-            embedded.rows, vector_bytes(resolved), stored / max(1, manifest["rows"]) * grown, settings.steps
-        )
+        pace, settings = self._pace(), self.settings
+        slices = recorded_slices(self.store, self.folder, facts)
+        done = finished_fragments(self.store, EMBEDDINGS, resolved.stage_fingerprint(EMBEDDINGS))
         window = None if settings.window is None else DailyWindow.parse(settings.window)
-        found = forecast(facts, names, pace, overlap, settings.prices, window, datetime.now())
+        finished = finished_of(resolved, facts, slices, done)
+        found = forecast(facts, finished, pace, self._overlap(slices), settings.prices, window, datetime.now())
         record = found.to_json() | {"reused": self._reused(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(self.store, f"{self.folder}/plan.json", record)
         return record
+
+    def _overlap(self, slices: Sequence[BackfillUnit]) -> Overlap:
+        """Of the whole corpus; vectors of slices lie there twice."""
+        resolved, facts = self.prepared
+        manifest, rows = self.base.manifest, sum(fact.kept for fact in facts)
+        stored = sum(file["size_bytes"] for shard in manifest["shards"] for file in shard["files"])
+        per_row = stored / max(1, manifest["rows"]) * resolved.encoder.dimension / manifest["dimension"]
+        overlap = Overlap.of(rows, vector_bytes(resolved), per_row, self.settings.steps)
+        twice = sum(one.rows for one in slices) * vector_bytes(resolved)
+        return replace(overlap, vectors=overlap.vectors + twice)
 
     def canary(self) -> dict[str, Any]:
         """Both models on a sample, and adapters between their spaces."""
@@ -192,13 +212,8 @@ class Upgrading:
     def backfill(self) -> dict[str, Any]:
         """Embed, and publish on the way."""
         order = [unit.shown() for unit in self._backfill.units]
-        self._note({"order": order})
+        note(self.store, self.folder, {"order": order})
         return {"steps": [_without_queries(step) for step in self._backfill.run()], "order": order}
-
-    def _note(self, facts: dict[str, Any]) -> None:
-        """Add to the record of the upgrade."""
-        path = f"{self.folder}/upgrade.json"
-        write_json(self.store, path, {**(read_json(self.store, path) or {}), **facts})
 
     @cached_property
     def _taken(self) -> TakenSample:
@@ -206,7 +221,7 @@ class Upgrading:
         resolved, facts = self.prepared
         pair, settings = ModelPair(self.old, resolved, self.base.manifest), self.settings
         run_id = new_run_id(f"{self.catalog.index}-canary")
-        with acquire(self.store, self.catalog.index, run_id):
+        with self._when_free(partial(acquire, self.store, self.catalog.index, run_id)):
             sampling = (pair, facts, settings.sample, settings.seed)
             return Canary(self.session, self.store, self.reporter, self.origin, run_id, *sampling).take()
 
@@ -253,8 +268,7 @@ class Upgrading:
     def flip(self) -> dict[str, Any]:
         """Publish the whole corpus in the new space, and point the alias to it if that is no worse than before."""
         backfill = self._backfill
-        encoded = backfill.embed_all()
-        version, more = self._published()
+        version, encoded = self._published()
         manifest = self.catalog.manifest(version)
         missed = [check["name"] for check in manifest["gate"] if not check["passed"]]
         if missed:
@@ -270,7 +284,7 @@ class Upgrading:
         record = backfill.measured(manifest) | {
             "version": version,
             "rows": manifest["rows"],
-            "encoded": encoded + more,
+            "encoded": encoded,
             "gate": manifest["gate"],
             "coverage": covered.to_json(),
             "alias": self.plan.resolved.pipeline.publish.alias,
@@ -286,14 +300,27 @@ class Upgrading:
         return _without_queries(record)
 
     def _published(self) -> tuple[str, int]:
-        """The version of the corpus as it is now, and how many passages were encoded for it."""
+        """The version of the corpus as it is now, and how many passages were encoded for it, in the window: what
+        changed meanwhile too, until nothing does. Only then is it built."""
+        encoded = 0
+        while True:
+            plan = self._when_free(self._whole)
+            if plan.up_to_date:
+                return str(plan.version), encoded
+            more = self._backfill.embedding.embed(*self._prepared(plan))
+            encoded += more
+            if more:
+                continue
+            try:
+                report = execute(plan, self.origin, self.store, self.session, self.reporter)
+            except LeaseHeld:  # by a run that began just now: the corpus may be another when it ends
+                continue
+            return report.version, encoded + sum(one.encoded for one in report.entries if one.stage == EMBEDDINGS)
+
+    def _whole(self) -> Plan:
+        """The plan of the whole corpus as it is now, which moves no alias."""
         publish = self.plan.resolved.pipeline.publish.model_copy(update={"alias": None})
-        plan = make_plan(resolve(self.asked.model_copy(update={"publish": publish}), self.origin), self.store, 0)
-        if plan.up_to_date:
-            return str(plan.version), 0
-        report = execute(plan, self.origin, self.store, self.session, self.reporter)
-        entries = [one for one in report.entries if one.stage == EMBEDDINGS]
-        return report.version, sum(entry.encoded for entry in entries)
+        return make_plan(resolve(self.asked.model_copy(update={"publish": publish}), self.origin), self.store, 0)
 
     def _area(self, last: dict[str, Any]) -> float | None:
         """Mean nDCG over the whole backfill; None without judgements."""

@@ -843,9 +843,14 @@ def test_clean_up_keeps_what_a_rollback_returns_to(upgrade: Upgrade) -> None:
     """As nightly runs of the old file would make `part` and `new`, which are newer."""
     catalog, store = upgrade.catalog, open_store(str(upgrade.root))
     upgrade.point_to(upgrade.part)
+    made_by = {version: catalog.manifest(version)["run_id"] for version in (upgrade.old, upgrade.part, upgrade.new)}
+    later = [f"test-20990101T0000{number:02d}Z-00000000" for number in range(21)]
+    for run_id in later:
+        store.write(f"runs/{run_id}/dead-letters.parquet", b"")
     time.sleep(0.01)
     collect_garbage(store, 1, 1e-6, False)
     assert set(catalog.versions()) == {upgrade.old, upgrade.part, upgrade.new}
+    assert store.folders("runs") == {*made_by.values(), *later[1:]}, "an upgrade reads how the old version was made"
     assert catalog.rollback("live", "test").version == upgrade.old
     collect_garbage(store, 1, 1e-6, False)
     assert set(catalog.versions()) == {upgrade.old, upgrade.new}
@@ -863,10 +868,10 @@ def test_clean_up_keeps_the_stages_of_an_unfinished_upgrade(
     for path in (stage, other, record):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"keep": [["embeddings", "of-an-upgrade"]]}))
-    if flipped:
-        record.with_name("flip.json").write_text("{}")
     moment = time.time() - days * 86_400
     os.utime(record, (moment, moment))
+    if flipped:
+        record.with_name("flip.json").write_text("{}")
     time.sleep(0.01)
     collect_garbage(open_store(str(upgrade.root)), 1, 1e-6, False)
     assert stage.exists() is kept and not other.exists() and record.exists()

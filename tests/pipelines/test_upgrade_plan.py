@@ -18,7 +18,7 @@ def test_what_is_left_costs_what_was_measured() -> None:
     facts = [fact("a", 100, 36_000), fact("b", 50, 18_000), fact("c", 50, 18_000), fact("empty", 0, 0)]
     found = forecast(
         facts,
-        frozenset({"a"}),
+        facts[:1],
         Pace(10.0, 2),
         Overlap(3 * 10**9, 10**9),
         Prices(worker_hour=4.0, gb_month=73.0),
@@ -31,13 +31,19 @@ def test_what_is_left_costs_what_was_measured() -> None:
     assert (found.overlap_bytes, found.overlap_cost) == (4 * 10**9, pytest.approx(4 * 73 * 0.5 / 730))
 
 
+def test_a_finished_slice_is_not_left_to_do() -> None:
+    facts = [fact("a", 100, 36_000), fact("b", 50, 18_000)]
+    found = forecast(facts, [fact("b-slice", 10, 3_000)], Pace(10.0, 2), Overlap(0, 0), Prices(), None, NOON)
+    assert (found.rows, found.rows_to_embed, found.tokens_to_embed) == (150, 140, 51_000)
+
+
 def test_nothing_left_takes_no_time() -> None:
-    found = forecast([fact("a", 5, 99)], frozenset({"a"}), Pace(10.0, 2), Overlap(0, 0), Prices(), None, NOON)
+    found = forecast([fact("a", 5, 99)], [fact("a", 5, 99)], Pace(10.0, 2), Overlap(0, 0), Prices(), None, NOON)
     assert (found.worker_hours, found.finishes) == (0.0, "2026-11-21T12:00")
 
 
 def test_without_a_pace_what_depends_on_it_is_not_said() -> None:
-    found = forecast([fact("a", 5, 99)], frozenset(), Pace(None, 2), Overlap(10, 5), Prices(), None, NOON)
+    found = forecast([fact("a", 5, 99)], [], Pace(None, 2), Overlap(10, 5), Prices(), None, NOON)
     assert (found.rows_to_embed, found.tokens_to_embed, found.overlap_bytes) == (5, 99, 15)
     assert (found.worker_hours, found.finishes, found.cost) == (None, None, None)
 
