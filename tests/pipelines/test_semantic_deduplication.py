@@ -204,6 +204,7 @@ def test_the_record_and_the_ledger_say_what_went(made: Workspace) -> None:
     assert ledger["dropped"] == {"duplicate_meaning": record["removed"]} and ledger["rows_in"] == len(rows)
 
 
+@pytest.mark.slow
 def test_a_text_without_a_vector_stops_nothing(workspace: Workspace, tmp_path: Path) -> None:
     model = refusing_model(tmp_path / "model", "harbour")
     embedding = {"model": str(model), "trust_remote_code": True, "precision": "float32", "workers": {"count": 1}}
